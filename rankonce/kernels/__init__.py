@@ -1,0 +1,1 @@
+"""Operations of the packed pass: plain tensors in, plain tensors out."""

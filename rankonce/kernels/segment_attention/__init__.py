@@ -1,0 +1,76 @@
+"""Attention in which a token sees its own segment and its prefix.
+
+One function, several paths: the reference is short and differentiable and takes every option; the
+CPU path computes the same with a few large products. The path taken is logged once.
+"""
+
+import logging
+from functools import cache
+
+from torch import Tensor
+
+from rankonce.errors import ShapeError
+from rankonce.kernels.segment_attention.cpu import segment_attention_cpu
+from rankonce.kernels.segment_attention.reference import segment_attention_reference
+from rankonce.kernels.segment_attention.spans import SegmentSpans
+
+__all__ = ["SegmentSpans", "segment_attention"]
+
+logger = logging.getLogger(__name__)
+
+
+def segment_attention(
+    q_THK: Tensor,
+    k_SGK: Tensor,
+    v_SGK: Tensor,
+    spans: SegmentSpans,
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> Tensor:
+    """Attention in which a token sees its prefix and its own segment up to itself.
+
+    Args:
+        q_THK: queries, bf16 | fp16 | fp32 | fp64; H divisible by G.
+        k_SGK, v_SGK: keys and values; S >= T when cached prefixes come first.
+        spans: token and key ranges of every span; each token stands in exactly one.
+        scale: logit multiplier, usually ``K ** -0.5``.
+        softcap: bounds the logits to ``softcap * tanh(logit / softcap)``, as Gemma 2 does.
+
+    Returns:
+        out_THK in q's dtype, accumulated in at least fp32.
+
+    Raises:
+        ShapeError: names what was expected and what came.
+    """
+    _check(q_THK, k_SGK, v_SGK)
+    if q_THK.device.type == "cpu" and softcap is None:
+        _log_path("cpu")
+        return segment_attention_cpu(q_THK, k_SGK, v_SGK, spans, scale=scale)
+    _log_path("reference")
+    return segment_attention_reference(q_THK, k_SGK, v_SGK, spans, scale=scale, softcap=softcap)
+
+
+def _check(q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor) -> None:
+    if q_THK.ndim != 3 or k_SGK.ndim != 3:
+        raise ShapeError(f"q, k: should be THK and SGK, are {q_THK.shape} and {k_SGK.shape}")
+    if k_SGK.shape != v_SGK.shape:
+        raise ShapeError(f"v: should have k's shape {k_SGK.shape}, has {v_SGK.shape}")
+    if q_THK.shape[2] != k_SGK.shape[2]:
+        raise ShapeError(f"k: should have q's head size {q_THK.shape[2]}, has {k_SGK.shape[2]}")
+    if q_THK.shape[1] % k_SGK.shape[1]:
+        raise ShapeError(
+            f"q: {q_THK.shape[1]} heads should be a multiple of k's {k_SGK.shape[1]} heads"
+        )
+    if k_SGK.shape[0] < q_THK.shape[0]:
+        raise ShapeError(f"k: should have at least {q_THK.shape[0]} rows, has {k_SGK.shape[0]}")
+    if not q_THK.dtype == k_SGK.dtype == v_SGK.dtype or not q_THK.is_floating_point():
+        raise ShapeError(
+            f"q, k, v: should share one floating dtype, are {q_THK.dtype}, {k_SGK.dtype}, "
+            f"{v_SGK.dtype}"
+        )
+
+
+@cache
+def _log_path(path: str) -> None:
+    logger.info("segment_attention runs on its %s path", path)

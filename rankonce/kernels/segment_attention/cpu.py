@@ -1,0 +1,183 @@
+"""Segment attention on a CPU: few large products instead of one small one a candidate.
+
+All rows that share a prefix meet it in one unmasked product; segments of similar length meet
+themselves in one padded, causal batch; the two halves are merged by their log-sum-exps, exactly
+(Milakov & Gimelshein 2018; as FlashAttention merges its tiles). The backward pass gives each half
+the merged output and log-sum-exp, from which its own gradients follow exactly.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rankonce.kernels.segment_attention.spans import SegmentSpans
+
+# Padding wastes at most this share of a block's rows before segments get a block of their own.
+_MAX_LENGTH_RATIO = 1.25
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Block:
+    """Segments of similar length, padded to the longest: token rows n x L, key rows n x L."""
+
+    token_rows: Tensor
+    key_rows: Tensor
+    real: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Shared:
+    """Consecutive tokens that see the same prefix."""
+
+    query_start: int
+    query_end: int
+    prefix_start: int
+    prefix_end: int
+
+
+@lru_cache(maxsize=4)
+def _plan(spans: SegmentSpans) -> tuple[list[_Block], list[_Shared]]:
+    """Group the spans; kept for the layers of a pass."""
+    rows = spans.rows()
+    shared: list[_Shared] = []
+    for query_start, query_end, _, prefix_start, prefix_end in rows:
+        if prefix_start == prefix_end:
+            continue
+        last = shared[-1] if shared else None
+        start = query_start
+        if (
+            last
+            and last.query_end == query_start
+            and (last.prefix_start, last.prefix_end) == (prefix_start, prefix_end)
+        ):
+            start = shared.pop().query_start
+        shared.append(
+            _Shared(
+                query_start=start, query_end=query_end, prefix_start=prefix_start, prefix_end=prefix_end
+            )
+        )
+    blocks: list[_Block] = []
+    group: list[tuple[int, int, int]] = []
+    for length, query_start, key_start in sorted((r[1] - r[0], r[0], r[2]) for r in rows):
+        if group and length > max(4, group[0][0]) * _MAX_LENGTH_RATIO:
+            blocks.append(_pad(group))
+            group = []
+        group.append((length, query_start, key_start))
+    if group:
+        blocks.append(_pad(group))
+    return blocks, shared
+
+
+def _pad(group: list[tuple[int, int, int]]) -> _Block:
+    lengths, query_starts, key_starts = (torch.tensor(column) for column in zip(*group, strict=True))
+    steps = torch.arange(int(lengths.max()))
+    # Padding repeats a segment's last row: finite numbers that no real row sees.
+    offsets = torch.minimum(steps, lengths[:, None] - 1)
+    return _Block(
+        token_rows=query_starts[:, None] + offsets,
+        key_rows=key_starts[:, None] + offsets,
+        real=steps < lengths[:, None],
+    )
+
+
+def segment_attention_cpu(
+    q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, spans: SegmentSpans, *, scale: float
+) -> Tensor:
+    """Compute segment attention with gradients; shapes as in ``segment_attention``."""
+    num_shared = q_THK.shape[1] // k_SGK.shape[1]
+    k_SHK = k_SGK.repeat_interleave(num_shared, dim=1)
+    v_SHK = v_SGK.repeat_interleave(num_shared, dim=1)
+    out: Tensor = _SegmentAttention.apply(q_THK, k_SHK, v_SHK, spans, scale)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _SegmentAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q_THK: Tensor, k_SHK: Tensor, v_SHK: Tensor, spans: SegmentSpans, scale: float
+    ) -> Tensor:
+        blocks, shared = _plan(spans)
+        out_THK = torch.empty_like(q_THK)
+        lse_TH = torch.empty(
+            q_THK.shape[:2], dtype=torch.promote_types(q_THK.dtype, torch.float32)
+        )
+        for block in blocks:
+            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                _heads_first(q_THK[block.token_rows]),
+                _heads_first(k_SHK[block.key_rows]),
+                _heads_first(v_SHK[block.key_rows]),
+                0.0,
+                True,
+                scale=scale,
+            )
+            rows = block.token_rows[block.real]
+            out_THK[rows] = out.transpose(1, 2)[block.real]
+            lse_TH[rows] = lse.transpose(1, 2)[block.real]
+        for part in shared:
+            rows = slice(part.query_start, part.query_end)
+            keys = slice(part.prefix_start, part.prefix_end)
+            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                _heads_first(q_THK[None, rows]),
+                _heads_first(k_SHK[None, keys]),
+                _heads_first(v_SHK[None, keys]),
+                scale=scale,
+            )
+            prefix_lse = lse[0].transpose(0, 1)
+            merged_lse = torch.logaddexp(lse_TH[rows], prefix_lse)
+            own_weight = torch.exp(lse_TH[rows] - merged_lse)[..., None]
+            prefix_weight = torch.exp(prefix_lse - merged_lse)[..., None]
+            merged = out_THK[rows] * own_weight + out[0].transpose(0, 1) * prefix_weight
+            out_THK[rows] = merged.to(out_THK.dtype)
+            lse_TH[rows] = merged_lse
+        ctx.save_for_backward(q_THK, k_SHK, v_SHK, out_THK, lse_TH)
+        ctx.spans, ctx.scale = spans, scale
+        return out_THK
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        (grad_THK,) = grads
+        q_THK, k_SHK, v_SHK, out_THK, lse_TH = ctx.saved_tensors
+        blocks, shared = _plan(ctx.spans)
+        grad_q, grad_k, grad_v = (torch.zeros_like(tensor) for tensor in (q_THK, k_SHK, v_SHK))
+        for block in blocks:
+            grad_block = grad_THK[block.token_rows] * block.real[..., None, None]
+            dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                _heads_first(grad_block),
+                _heads_first(q_THK[block.token_rows]),
+                _heads_first(k_SHK[block.key_rows]),
+                _heads_first(v_SHK[block.key_rows]),
+                _heads_first(out_THK[block.token_rows]),
+                lse_TH[block.token_rows].transpose(1, 2),
+                0.0,
+                True,
+                scale=ctx.scale,
+            )
+            grad_q[block.token_rows[block.real]] = dq.transpose(1, 2)[block.real]
+            keys = block.key_rows[block.real]
+            grad_k[keys] = dk.transpose(1, 2)[block.real]
+            grad_v[keys] = dv.transpose(1, 2)[block.real]
+        for part in shared:
+            rows = slice(part.query_start, part.query_end)
+            prefix = slice(part.prefix_start, part.prefix_end)
+            dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                _heads_first(grad_THK[None, rows]),
+                _heads_first(q_THK[None, rows]),
+                _heads_first(k_SHK[None, prefix]),
+                _heads_first(v_SHK[None, prefix]),
+                _heads_first(out_THK[None, rows]),
+                lse_TH[None, rows].transpose(1, 2),
+                0.0,
+                False,
+                scale=ctx.scale,
+            )
+            grad_q[rows] += dq[0].transpose(0, 1)
+            grad_k[prefix] += dk[0].transpose(0, 1)
+            grad_v[prefix] += dv[0].transpose(0, 1)
+        return grad_q, grad_k, grad_v, None, None
+
+
+def _heads_first(rows_nLHK: Tensor) -> Tensor:
+    return rows_nLHK.transpose(1, 2)

@@ -1,0 +1,104 @@
+"""Segment attention as an attention of transformers.
+
+transformers hands extra keyword arguments of the model's forward through to the attention function,
+so a pass travels as ``segment_pass`` and no model code changes. Masks are ours as well: the
+registered mask function returns none, since the spans say who sees whom.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from rankonce.errors import ModelError, PromptTooLongError
+from rankonce.kernels.segment_attention import SegmentSpans, segment_attention
+from rankonce.model.prefix_cache import KeysValues
+
+ATTENTION_NAME = "rankonce_segments"
+
+
+@dataclass(kw_only=True)
+class SegmentPass:
+    """What the attention layers of one pass share.
+
+    Attributes:
+        spans: who sees whom.
+        longest_prompt: tokens of the longest prefix and segment.
+        cached: keys and values of the cached prefixes, in the order of their key rows.
+        kept_rows: for each prefix to be kept, its token rows.
+        kept: filled by the layers: for each of ``kept_rows``, keys and values layer by layer.
+        sliding_windows: filled by the layers: the windows that they declared.
+        num_layers: filled by the layers: how many of them ran segment attention.
+    """
+
+    spans: SegmentSpans
+    longest_prompt: int
+    cached: list[KeysValues] = field(default_factory=list)
+    kept_rows: list[tuple[int, int]] = field(default_factory=list)
+    kept: list[KeysValues] = field(default_factory=list)
+    sliding_windows: set[int] = field(default_factory=set)
+    num_layers: int = 0
+
+
+def attend_segments(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
+    segment_pass: SegmentPass | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Run one layer's attention; shapes are transformers' ``1 x heads x tokens x head size``."""
+    name = type(module).__name__
+    if segment_pass is None:
+        raise ModelError(f"{name}: the model is set up for packed passes; call it through a ranker")
+    if getattr(module, "is_causal", True) is False or s_aux is not None:
+        raise ModelError(f"{name}: is not plain causal attention and cannot run packed")
+    if dropout:
+        raise ModelError(f"{name}: attention_dropout should be 0 in packed passes, is {dropout}")
+    if sliding_window is not None:
+        segment_pass.sliding_windows.add(sliding_window)
+        if sliding_window < segment_pass.longest_prompt:
+            raise PromptTooLongError(
+                f"{name}: has a sliding window of {sliding_window} tokens, shorter than the prompt "
+                f"of {segment_pass.longest_prompt}"
+            )
+    layer = segment_pass.num_layers
+    segment_pass.num_layers += 1
+    k_SGK, v_SGK = key[0].transpose(0, 1), value[0].transpose(0, 1)
+    for prefix, (start, end) in zip(segment_pass.kept, segment_pass.kept_rows, strict=True):
+        # Copies: a view would keep the whole pass alive in the cache.
+        prefix.append((k_SGK[start:end].clone(), v_SGK[start:end].clone()))
+    if segment_pass.cached:
+        k_SGK = torch.cat([*(prefix[layer][0] for prefix in segment_pass.cached), k_SGK])
+        v_SGK = torch.cat([*(prefix[layer][1] for prefix in segment_pass.cached), v_SGK])
+    q_THK = query[0].transpose(0, 1)
+    out_THK = segment_attention(
+        q_THK,
+        k_SGK,
+        v_SGK,
+        segment_pass.spans,
+        scale=q_THK.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap=softcap,
+    )
+    return out_THK[None], None
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    return None
+
+
+def register_segment_attention() -> None:
+    """Make the attention known to transformers under ``ATTENTION_NAME``; may be called again."""
+    AttentionInterface.register(ATTENTION_NAME, attend_segments)
+    AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)

@@ -1,0 +1,190 @@
+"""Load a checkpoint and make sure that it can run packed."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from rankonce.errors import ModelError
+from rankonce.layout import PassPart, TokenizedRequest
+from rankonce.model.attention import ATTENTION_NAME, register_segment_attention
+from rankonce.model.head import Head, head_of
+from rankonce.model.packing import forward_pass, pack_pass
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Largest difference of logits between packed and separate, as a part of the largest logit.
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A model that has been seen to run packed.
+
+    Attributes:
+        network: the transformers model, its attention replaced.
+        tokenizer: the checkpoint's fast tokenizer.
+        head: the FP32 head.
+        max_prompt_tokens: the longest prompt: the context, or the sliding window if shorter.
+        name: how the checkpoint was asked for.
+    """
+
+    network: Any
+    tokenizer: Any
+    head: Head
+    max_prompt_tokens: int
+    name: str
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.head.weight_VD.device
+
+
+def load_model(
+    name: str | Path,
+    *,
+    device: str | None = None,
+    precision: str | None = None,
+    trust_remote_code: bool = False,
+) -> LoadedModel:
+    """Load a decoder-only checkpoint from a folder or a hub.
+
+    Args:
+        name: folder in Hugging Face form, or the id of a repository on the hub.
+        device: ``cpu``, ``cuda``, ...; the GPU where there is one.
+        precision: ``fp32``, ``bf16`` or ``fp16``; by default bf16 on a GPU, fp32 on a CPU, which
+            computes 16-bit numbers slower.
+        trust_remote_code: run model code that comes with the checkpoint.
+
+    Raises:
+        ModelError: says what is wrong with the checkpoint.
+    """
+    source = str(name)
+    if Path(source).exists() and not (Path(source) / "config.json").is_file():
+        raise ModelError(f"model: {source} has no config.json; should be a Hugging Face checkpoint")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    precision = precision or ("fp32" if device == "cpu" else "bf16")
+    if precision not in _DTYPES:
+        raise ModelError(f"precision: should be one of {', '.join(_DTYPES)}, is {precision!r}")
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        _check_decoder_only(source, config)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        network = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=config,
+            dtype=_DTYPES[precision],
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            attn_implementation="eager",
+        )
+    except SafetensorError as error:
+        raise ModelError(f"model: {source}: a safetensors file is broken: {error}") from error
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
+        raise ModelError(f"model: {source} cannot be loaded: {_first_line(error)}") from error
+    return prepare_model(network.to(device).eval(), tokenizer, name=source)
+
+
+def prepare_model(network: Any, tokenizer: Any, *, name: str) -> LoadedModel:
+    """Replace the attention of a transformers model and check that packed equals separate.
+
+    Raises:
+        ModelError: the architecture cannot run packed.
+    """
+    head = head_of(network)
+    windows = check_packable(network, head)
+    limits = [*windows, getattr(network.config, "max_position_embeddings", None) or 2**31]
+    return LoadedModel(
+        network=network, tokenizer=tokenizer, head=head, max_prompt_tokens=min(limits), name=name
+    )
+
+
+@torch.no_grad()
+def check_packable(network: Any, head: Head) -> set[int]:
+    """Run two short candidates separately and packed and compare the logits.
+
+    This is what refuses layers that carry state from token to token, attention that is not ours to
+    replace, and heads that do more than a product.
+
+    Returns:
+        The sliding windows that the layers declare.
+
+    Raises:
+        ModelError: names the architecture and what does not fit.
+    """
+    name = type(network).__name__
+    if not getattr(network, "_supports_attention_backend", False):
+        raise ModelError(f"{name}: does not take transformers' attention interface")
+    device = head.weight_VD.device
+    ids = [1 + i * 7 % (head.weight_VD.shape[0] - 1) for i in range(9)]
+    probe = TokenizedRequest(
+        prefix_ids=tuple(ids[:4]), segment_ids=(tuple(ids[4:7]), tuple(ids[7:9])), label_ids=((0,),)
+    )
+    was_training = network.training
+    network.eval()
+    separate = [
+        network(torch.tensor([[*probe.prefix_ids, *segment]], device=device)).logits[0, -1]
+        for segment in probe.segment_ids
+    ]
+    use_segment_attention(network)
+    part = PassPart(request=0, first=0, last=2, cached=False)
+    batch = pack_pass([part], [probe], {}, keep_prefixes=False, device=device)
+    try:
+        hidden_CD = forward_pass(network, batch)
+    except (TypeError, AttributeError) as error:
+        raise ModelError(f"{name}: cannot take a packed pass: {_first_line(error)}") from error
+    finally:
+        network.train(was_training)
+    layers = network.config.get_text_config().num_hidden_layers
+    if batch.segment_pass.num_layers != layers:
+        raise ModelError(
+            f"{name}: {batch.segment_pass.num_layers} of {layers} layers are attention; the others "
+            "would carry one candidate into the next"
+        )
+    packed = _logits(head, hidden_CD)
+    expected = torch.stack(separate).float()
+    worst = float((packed - expected).abs().max() / expected.abs().max().clamp(min=1.0))
+    if not worst <= _TOLERANCE.get(head.weight_VD.dtype, 1e-4):
+        raise ModelError(
+            f"{name}: packed and separate logits differ by {worst:.2g} of the largest logit; its "
+            "layers or its head do more than RankOnce knows of"
+        )
+    return batch.segment_pass.sliding_windows
+
+
+def use_segment_attention(network: nn.Module) -> None:
+    """Make the model's attention layers run segment attention."""
+    register_segment_attention()
+    network.set_attn_implementation(ATTENTION_NAME)  # type: ignore[operator]
+
+
+def _logits(head: Head, hidden_CD: Tensor) -> Tensor:
+    logits = hidden_CD.float() @ head.weight_VD.float().T
+    if head.bias_V is not None:
+        logits = logits + head.bias_V.float()
+    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+
+
+def _check_decoder_only(source: str, config: Any) -> None:
+    classes = config.architectures or []
+    decoder_only = (
+        not config.is_encoder_decoder
+        and config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        and all(name.endswith(("ForCausalLM", "LMHeadModel")) for name in classes)
+    )
+    if not decoder_only:
+        raise ModelError(
+            f"model: {source} is {', '.join(classes) or config.model_type}; should be a decoder-only "
+            "language model (…ForCausalLM)"
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+

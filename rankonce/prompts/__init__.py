@@ -1,0 +1,1 @@
+"""Prompts as features: tasks, the words that values become, and the tokens of a request."""

@@ -1,0 +1,148 @@
+"""Text to token ids, with text from outside kept apart from special tokens."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from rankonce.errors import ModelError, RequestError
+
+_CONTENT_MARK = "\x02content\x02"
+_INSTRUCTION_MARK = "\x02instruction\x02"
+
+
+class TextEncoder:
+    """A tokenizer seen from the prompt: what frames a request, and how its text is encoded.
+
+    The frame comes from the model (its chat template, or the token that begins a text) and may hold
+    special tokens. Everything else is encoded by a copy of the tokenizer that knows no added token,
+    so that ``<|im_end|>`` in a title is letters like any other.
+
+    Args:
+        tokenizer: a fast transformers tokenizer.
+        chat: use the chat template; ``None`` uses it where there is one.
+
+    Attributes:
+        chat: whether the chat template is used.
+        head, middle, tail: frame before the instruction, between it and the rest of the prefix,
+            and after a segment, up to the answer.
+        head_ids: token ids that stand before the instruction.
+        label_lead: what stands between the answer slot and a label.
+    """
+
+    def __init__(self, tokenizer: Any, *, chat: bool | None = None) -> None:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if not isinstance(backend, Tokenizer):
+            raise ModelError(f"tokenizer: {type(tokenizer).__name__} is not a fast tokenizer")
+        if chat and not tokenizer.chat_template:
+            raise ModelError("chat: the tokenizer has no chat template")
+        self.chat = bool(tokenizer.chat_template) if chat is None else chat
+        self._framing = Tokenizer.from_str(backend.to_str())
+        plain = json.loads(backend.to_str())
+        self._special_ids = {token["id"] for token in plain["added_tokens"] if token["special"]}
+        self._special_ids |= set(tokenizer.all_special_ids)
+        plain["added_tokens"] = []
+        plain["post_processor"] = None
+        plain["truncation"] = plain["padding"] = None
+        self._plain = Tokenizer.from_str(json.dumps(plain))
+        self.head, self.middle, self.tail = (
+            _chat_frame(tokenizer) if self.chat else ("", "", "")
+        )
+        self.label_lead = "" if self.chat else " "
+        self.head_ids = tuple(self._frame_ids(self.head))
+        if not self.chat:
+            first = tokenizer("a").input_ids[0]
+            if first == tokenizer.bos_token_id:
+                self.head_ids = (first,)
+                self.head = tokenizer.bos_token
+        self._tail_ids = tuple(self._frame_ids(self.tail))
+        self._middle_ids = tuple(self._frame_ids(self.middle))
+        self._line_ids = self._plain.encode("\n", add_special_tokens=False).ids
+
+    def encode_prefix(self, instruction: str, body: str) -> tuple[int, ...]:
+        """Encode the prefix of a request: the frame's head, the instruction and the rest."""
+        if not self.chat or not self.middle:
+            return (*self.head_ids, *self._encode_all([f"{instruction}\n{body}"])[0])
+        first, rest = self._encode_all([instruction, body])
+        return (*self.head_ids, *first, *self._middle_ids, *rest)
+
+    def encode_segments(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
+        """Encode segments as they stand after the prefix's last line, with the frame's tail."""
+        count = len(self._line_ids)
+        segments = []
+        for ids in self._encode_all([f"\n{text}" for text in texts]):
+            # A segment begins a line of its own: encoding it behind a line break and taking that
+            # off again gives the ids that it has in the whole text.
+            if list(ids[:count]) != self._line_ids:
+                raise ModelError("tokenizer: joins a line break with the word after it")
+            segments.append((*ids[count:], *self._tail_ids))
+        return segments
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Count the tokens of texts that stand on lines of their own."""
+        return [len(ids) for ids in self._encode_all([f"{text}\n" for text in texts])]
+
+    def encode_answer(self, slot: str, answer: str) -> list[int]:
+        """Return the ids that ``answer``, taken to the letter, adds after the answer slot.
+
+        Args:
+            slot: the last words of a plain prompt; a chat prompt ends with its frame instead.
+        """
+        before = self.tail if self.chat else slot
+        encode = self._frame_ids if self.chat else lambda text: list(self._encode_all([text])[0])
+        known, ids = encode(before), encode(before + answer)
+        if ids[: len(known)] != known:
+            return ids
+        return ids[len(known) :]
+
+    def whole_text_ids(self, text: str) -> list[int]:
+        """Encode a rendered prompt in one go, special tokens recognised: for comparison only."""
+        return self._frame_ids(text)
+
+    def token(self, token_id: int) -> str:
+        """Return the text of one token, for people."""
+        return str(self._framing.decode([token_id], skip_special_tokens=False))
+
+    def _encode_all(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
+        encoded = self._plain.encode_batch(list(texts), add_special_tokens=False)
+        for text, encoding in zip(texts, encoded, strict=True):
+            # A vocabulary may hold a special token as an ordinary word as well.
+            found = self._special_ids.intersection(encoding.ids)
+            if found:
+                tokens = ", ".join(repr(self.token(token_id)) for token_id in sorted(found))
+                raise RequestError(f"text: {text[:80]!r} would become the special token {tokens}")
+        return [tuple(encoding.ids) for encoding in encoded]
+
+    def _frame_ids(self, text: str) -> list[int]:
+        return list(self._framing.encode(text, add_special_tokens=False).ids)
+
+
+def _chat_frame(tokenizer: Any) -> tuple[str, str, str]:
+    """Cut the chat template at the places where instruction and content stand."""
+    system = {"role": "system", "content": _INSTRUCTION_MARK}
+    user = {"role": "user", "content": _CONTENT_MARK}
+    try:
+        text = _apply(tokenizer, [system, user])
+    except Exception as error:  # templates raise what they like
+        if "system" not in str(error).lower():
+            raise ModelError(f"chat template: cannot be applied: {error}") from error
+        text = ""
+    if _INSTRUCTION_MARK not in text:
+        # No system turn in this template: the instruction opens the member's own turn.
+        text = _apply(tokenizer, [user])
+        head, tail = text.split(_CONTENT_MARK)
+        return head, "", tail
+    head, rest = text.split(_INSTRUCTION_MARK)
+    middle, tail = rest.split(_CONTENT_MARK)
+    return head, middle, tail
+
+
+def _apply(tokenizer: Any, messages: list[dict[str, str]]) -> str:
+    # Reasoning models answer at once where their template has the switch.
+    text = tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+    )
+    if _CONTENT_MARK not in text:
+        raise ModelError("chat template: drops the content of the member's turn")
+    return str(text)

@@ -1,0 +1,184 @@
+"""A request and its task become text, and the text becomes token ids.
+
+    prefix    instruction · profile · history · question      read once
+    segment   candidate · answer slot                         once a candidate
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from rankonce.errors import PromptTooLongError, RequestError
+from rankonce.layout import TokenizedRequest
+from rankonce.prompts.encoding import TextEncoder
+from rankonce.prompts.features import spell, spell_age
+from rankonce.prompts.history import choose_events
+from rankonce.prompts.labels import resolve_labels
+from rankonce.prompts.tasks import Lines, Task, field_names
+from rankonce.records import Event, HistoryReport, ScoreRequest, Value
+
+
+@dataclass(frozen=True, kw_only=True)
+class RenderedRequest:
+    """The text of a request.
+
+    Attributes:
+        prefix: what all candidates share, with the model's frame around it.
+        segments: one text a candidate; ``prefix + segment`` is a whole prompt.
+        history: what the history policy kept and dropped.
+        tokens: the same as token ids.
+    """
+
+    prefix: str
+    segments: tuple[str, ...]
+    history: HistoryReport
+    tokens: TokenizedRequest
+
+
+class Renderer:
+    """Renders the requests of any task for one tokenizer.
+
+    Args:
+        encoder: the model's tokenizer with its frame.
+        max_prompt_tokens: the longest prefix and segment that the model takes.
+    """
+
+    def __init__(self, encoder: TextEncoder, *, max_prompt_tokens: int) -> None:
+        self.encoder = encoder
+        self.max_prompt_tokens = max_prompt_tokens
+        self._label_ids: dict[object, tuple[tuple[int, ...], ...]] = {}
+
+    def label_ids(self, task: Task) -> tuple[tuple[int, ...], ...]:
+        """Return the token ids of a task's labels, found once."""
+        key = (task.labels, task.answer_slot)
+        if key not in self._label_ids:
+            self._label_ids[key] = resolve_labels(task, self.encoder)
+        return self._label_ids[key]
+
+    def render(self, task: Task, request: ScoreRequest) -> RenderedRequest:
+        """Render a request.
+
+        The history is shortened by the task's policy, to the task's budget or to what the model's
+        context leaves, and the report says so. Nothing else is ever shortened.
+
+        Raises:
+            RequestError: names the field that is missing, unknown or has a value of another type.
+            PromptTooLongError: the prompt does not fit even with an empty history.
+            LabelError: a label is not one token.
+        """
+        label_ids = self.label_ids(task)
+        segments = [
+            _join(_segment_lines(task, candidate.fields, f"candidates[{index}].fields"))
+            + ("" if self.encoder.chat else f"\n{task.answer_slot}")
+            for index, candidate in enumerate(request.candidates)
+        ]
+        segment_ids = self.encoder.encode_segments(segments)
+        longest = max(map(len, segment_ids))
+        events = _write_events(task, request)
+        bare = self.encoder.encode_prefix(task.instruction, _body(task, request, []))
+        room = self.max_prompt_tokens - longest - len(bare)
+        if room < 0:
+            raise PromptTooLongError(
+                f"candidates[{[len(ids) for ids in segment_ids].index(longest)}]: the prompt has "
+                f"{len(bare) + longest} tokens without any history, the model takes "
+                f"{self.max_prompt_tokens}"
+            )
+        body = _body(task, request, [])
+        report = HistoryReport(policy="none", num_events=0, num_kept=0)
+        if task.history is not None:
+            kept, report = choose_events(
+                request.history,
+                request.candidates,
+                self.encoder.count_tokens(events),
+                task.history,
+                max_tokens=min(task.history.max_tokens, room),
+            )
+            body = _body(task, request, [events[index] for index in kept])
+        prefix_ids = self.encoder.encode_prefix(task.instruction, body)
+        if len(prefix_ids) + longest > self.max_prompt_tokens:
+            raise PromptTooLongError(
+                f"history: the prompt has {len(prefix_ids) + longest} tokens, the model takes "
+                f"{self.max_prompt_tokens}"
+            )
+        return RenderedRequest(
+            prefix=self._frame(task.instruction, body),
+            segments=tuple(segment + self.encoder.tail for segment in segments),
+            history=report,
+            tokens=TokenizedRequest(
+                prefix_ids=prefix_ids, segment_ids=tuple(segment_ids), label_ids=label_ids
+            ),
+        )
+
+    def _frame(self, instruction: str, body: str) -> str:
+        between = self.encoder.middle or "\n"
+        return f"{self.encoder.head}{instruction}{between}{body}"
+
+
+def _body(task: Task, request: ScoreRequest, events: Sequence[str]) -> str:
+    """Everything of the prefix after the instruction; ends with a line break."""
+    lines = _write_lines(task.profile, request.profile, "profile")
+    if task.history is not None:
+        lines += [task.history.heading, *events] if events else [task.history.empty]
+    if task.question_in == "prefix":
+        lines.append(task.question)
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _segment_lines(task: Task, fields: Mapping[str, Value], path: str) -> list[str]:
+    lines = [task.candidate.separator.join(_write_lines(task.candidate, fields, path))]
+    return [*lines, task.question] if task.question_in == "segment" else lines
+
+
+def _join(lines: Sequence[str]) -> str:
+    return "\n".join(lines)
+
+
+def _write_events(task: Task, request: ScoreRequest) -> list[str]:
+    spec = task.history
+    if spec is None:
+        if request.history:
+            raise RequestError(f"history: task {task.name!r} has no history, leave it out")
+        return []
+    named = {name for line in spec.lines for name in field_names(line)}
+    texts = []
+    for index, event in enumerate(request.history):
+        path = f"history[{index}]"
+        if spec.actions and event.action not in spec.actions:
+            raise RequestError(
+                f"{path}.action: should be one of {', '.join(spec.actions)}, is {event.action!r}"
+            )
+        extra = {"action": " ".join(event.action.split())}
+        if request.time is not None and event.time > request.time:
+            raise RequestError(f"{path}.time: lies after the time of the request")
+        if "age" in named:
+            extra["age"] = _age(task, request, event)
+        lines = _write_lines(spec, event.item.fields, f"{path}.item.fields", extra)
+        texts.append(spec.separator.join(lines))
+    return texts
+
+
+def _age(task: Task, request: ScoreRequest, event: Event) -> str:
+    if request.time is None:
+        raise RequestError(f"time: task {task.name!r} says how long ago events were, so it needs a time")
+    return spell_age(request.time - event.time)
+
+
+def _write_lines(
+    part: Lines, fields: Mapping[str, Value], path: str, extra: Mapping[str, str] | None = None
+) -> list[str]:
+    """Write the lines whose fields are all there."""
+    for name in fields:
+        if name not in part.fields:
+            known = ", ".join(part.fields) or "none"
+            raise RequestError(f"{path}.{name}: unknown field; the task knows {known}")
+    words = dict(extra or {})
+    for name, spec in part.fields.items():
+        value = fields.get(name)
+        if value is None and spec.impute_from is not None:
+            value = fields.get(spec.impute_from)
+        if value is not None:
+            words[name] = spell(value, spec, path=f"{path}.{name}")
+        elif spec.required:
+            raise RequestError(f"{path}.{name}: is required and missing")
+    return [
+        line.format_map(words) for line in part.lines if all(name in words for name in field_names(line))
+    ]

@@ -1,0 +1,204 @@
+"""Tasks: named prompt definitions, each one YAML file.
+
+A task's lines are texts with ``{field}`` in them. A line whose fields are all there is written,
+one with a missing optional field is left out.
+"""
+
+import math
+import string
+from collections.abc import Mapping
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from rankonce.errors import TaskError
+from rankonce.prompts.features import FieldSpec
+from rankonce.records import describe_faults
+
+EVENT_FIELDS = ("action", "age")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Lines(_Strict):
+    """Fields and the lines that name them.
+
+    Attributes:
+        separator: stands between the lines.
+    """
+
+    fields: Mapping[str, FieldSpec] = Field(default_factory=dict)
+    lines: tuple[str, ...] = ()
+    separator: str = "\n"
+
+    @model_validator(mode="after")
+    def _check_lines(self) -> "Lines":
+        for line in self.lines:
+            for name in field_names(line):
+                if name not in self.fields and name not in type(self).known_names():
+                    raise ValueError(f"line {line!r} names {name!r}, which is not under fields")
+        for name, spec in self.fields.items():
+            if spec.impute_from is not None and spec.impute_from not in self.fields:
+                raise ValueError(f"fields.{name}.impute_from names no field: {spec.impute_from!r}")
+        return self
+
+    @classmethod
+    def known_names(cls) -> tuple[str, ...]:
+        """Names that lines may use beside the declared fields."""
+        return ()
+
+
+class HistoryLines(Lines):
+    """How the history is chosen and written.
+
+    Attributes:
+        policy: ``chronological`` keeps the newest that fit, ``recent`` the newest ``max_events``,
+            ``balanced`` as many of each action as it can, ``similar`` those most like the
+            candidates. All are written oldest first.
+        max_tokens: bound of the written events; the oldest are dropped first.
+        max_events: bound on the number of events.
+        actions: the actions that events may have; any, if empty.
+        heading: stands before the events.
+        empty: stands there instead when there is no event.
+    """
+
+    policy: Literal["chronological", "recent", "balanced", "similar"] = "chronological"
+    max_tokens: Annotated[int, Field(gt=0)] = 4096
+    max_events: Annotated[int, Field(gt=0)] | None = None
+    actions: tuple[str, ...] = ()
+    heading: str = "History, oldest first:"
+    empty: str = "No history yet."
+    separator: str = " · "
+
+    @model_validator(mode="after")
+    def _check_policy(self) -> "HistoryLines":
+        if self.policy != "chronological" and self.max_events is None:
+            raise ValueError(f"policy {self.policy} needs max_events")
+        return self
+
+    @classmethod
+    def known_names(cls) -> tuple[str, ...]:
+        """Every event has these beside its item's fields."""
+        return EVENT_FIELDS
+
+
+class Label(_Strict):
+    """One answer.
+
+    Attributes:
+        name: the answer word; one token after the answer slot (and a space in plain prompts).
+        surface_forms: further spellings whose probability is added, each one token as well and
+            taken to the letter: ``" yes"`` with its space, ``"Yes"`` without one.
+        grade: its worth, for the ranking value ``expected_grade``.
+    """
+
+    name: Annotated[str, Field(min_length=1)]
+    surface_forms: tuple[str, ...] = ()
+    grade: float | None = None
+
+
+class Ranking(_Strict):
+    """How the ranking value comes from the label probabilities.
+
+    Attributes:
+        kind: ``log_odds`` of ``label`` against all others, or ``expected_grade``, sum of g * p_g.
+    """
+
+    kind: Literal["log_odds", "expected_grade"]
+    label: str | None = None
+
+
+class Task(_Strict):
+    """A named prompt definition.
+
+    Attributes:
+        question_in: ``prefix`` asks once before all candidates; ``segment`` after each of them.
+        answer_slot: the last words of a plain prompt; the label follows after a space.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
+    version: Annotated[int, Field(gt=0)] = 1
+    description: str
+    instruction: Annotated[str, Field(min_length=1)]
+    profile: Lines = Lines()
+    history: HistoryLines | None = None
+    candidate: Lines
+    question: Annotated[str, Field(min_length=1)]
+    question_in: Literal["prefix", "segment"] = "prefix"
+    answer_slot: Annotated[str, Field(min_length=1)] = "Answer:"
+    labels: Annotated[tuple[Label, ...], Field(min_length=2)]
+    ranking: Ranking
+
+    @model_validator(mode="after")
+    def _check_labels(self) -> "Task":
+        names = [label.name for label in self.labels]
+        if len(set(names)) < len(names):
+            raise ValueError("labels: every name should stand once")
+        if not self.candidate.lines:
+            raise ValueError("candidate.lines: should hold at least one line")
+        if self.ranking.kind == "log_odds" and self.ranking.label not in names:
+            raise ValueError(f"ranking.label: should be one of {', '.join(names)}")
+        if self.ranking.kind == "expected_grade" and any(x.grade is None for x in self.labels):
+            raise ValueError("labels: expected_grade needs a grade on every label")
+        return self
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """The answers in the task's order, the L of every score."""
+        return tuple(label.name for label in self.labels)
+
+    def ranking_value(self, log_probs: Mapping[str, float]) -> float:
+        """Turn log P(label) into the number that candidates are ordered by."""
+        if self.ranking.kind == "expected_grade":
+            return sum(math.exp(log_probs[x.name]) * float(x.grade or 0.0) for x in self.labels)
+        others = [log_probs[name] for name in self.label_names if name != self.ranking.label]
+        top = max(others)
+        rest = top + math.log(sum(math.exp(other - top) for other in others))
+        return log_probs[str(self.ranking.label)] - rest
+
+
+def field_names(line: str) -> list[str]:
+    """Return the names between braces in a line."""
+    return [name for _, name, _, _ in string.Formatter().parse(line) if name is not None]
+
+
+def load_task(path: Path) -> Task:
+    """Read a task file.
+
+    Raises:
+        TaskError: names the file and each field that is wrong.
+    """
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return Task.model_validate(data)
+    except OSError as error:
+        raise TaskError(f"{path}: cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise TaskError(f"{path}: is not YAML: {error}") from error
+    except ValidationError as error:
+        raise TaskError(f"{path}: {describe_faults(error.errors())}") from error
+
+
+@cache
+def library_tasks() -> dict[str, Task]:
+    """Return the tasks that come with RankOnce, by name."""
+    with resources.as_file(resources.files("rankonce.prompts") / "library") as folder:
+        tasks = [load_task(path) for path in sorted(folder.glob("*.yaml"))]
+    return {task.name: task for task in tasks}
+
+
+def find_task(name: str, tasks: Mapping[str, Task]) -> Task:
+    """Look a task up by name.
+
+    Raises:
+        TaskError: lists the names that exist.
+    """
+    if name not in tasks:
+        raise TaskError(f"task: no task is called {name!r}; there are {', '.join(sorted(tasks))}")
+    return tasks[name]

@@ -1,0 +1,209 @@
+"""What goes into a ranker and what comes out, as plain dataclasses.
+
+``read_request`` turns decoded JSON into a ``ScoreRequest`` and names the field of every fault.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError, with_config
+
+from rankonce.errors import RequestError
+
+
+
+def _plain_value(value: object) -> object:
+    """Let through what a field may hold."""
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if isinstance(value, list | tuple) and all(isinstance(part, str) for part in value):
+        return list(value)
+    raise ValueError("should be text, a number, true, false, null or a list of texts")
+
+
+def _unix_seconds(value: object) -> object:
+    """Read a time: Unix seconds or ISO 8601 (UTC unless it names a zone)."""
+    if not isinstance(value, str):
+        return value
+    try:
+        moment = datetime.fromisoformat(value)
+    except ValueError as error:
+        raise ValueError("should be Unix seconds or an ISO 8601 time") from error
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+
+
+Value = Annotated[Any, BeforeValidator(_plain_value)]
+Time = Annotated[float, BeforeValidator(_unix_seconds)]
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+@with_config(_STRICT)
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """Something that can be scored or that a member acted on.
+
+    Attributes:
+        fields: the values that the task's lines name, e.g. ``{"title": "Heat (1995)"}``.
+        id: the caller's own name for it; returned unchanged.
+    """
+
+    fields: Mapping[str, Value]
+    id: str | None = None
+
+
+@with_config(_STRICT)
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """One entry of the history.
+
+    Attributes:
+        time: when it happened, in Unix seconds (ISO 8601 is read as well).
+        action: what the member did, in words: ``"liked"``, ``"applied"``.
+    """
+
+    item: Item
+    action: str
+    time: Time
+
+
+@with_config(_STRICT)
+@dataclass(frozen=True, kw_only=True)
+class ScoreRequest:
+    """One member or query, its history and its candidates, for one task.
+
+    Attributes:
+        task: the name of a task.
+        candidates: what is scored; at least one.
+        profile: the fields of the member or query that the task declares.
+        history: events in any order; the task's policy orders and bounds them.
+        time: the moment of the request in Unix seconds; ages are counted back from it.
+        id: the caller's own name for the request; returned unchanged.
+    """
+
+    task: str
+    candidates: tuple[Item, ...]
+    profile: Mapping[str, Value] = field(default_factory=dict)
+    history: tuple[Event, ...] = ()
+    time: Time | None = None
+    id: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingExample:
+    """A request whose answers are known.
+
+    Attributes:
+        labels: the label of every candidate, in the request's order; ``None`` = not known.
+        member: groups examples for per-member metrics.
+    """
+
+    request: ScoreRequest
+    labels: tuple[str | None, ...]
+    member: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class CandidateScore:
+    """The scores of one candidate.
+
+    Attributes:
+        log_probs: log P(label), normalised over the task's labels.
+        value: the ranking value that the task declares; higher ranks first.
+        rank: 1 for the best; equal values keep the request's order.
+        label_mass: probability of all labels together in the whole vocabulary, where it was
+            asked for. A small mass says that the model wanted to answer something else.
+    """
+
+    id: str | None
+    log_probs: Mapping[str, float]
+    value: float
+    rank: int
+    label_mass: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class HistoryReport:
+    """What the history policy kept and what it dropped.
+
+    Attributes:
+        policy: the name of the policy.
+        num_events: events in the request.
+        num_kept: events in the prompt.
+        dropped: indices into the request's history, ascending, with the reason of each.
+    """
+
+    policy: str
+    num_events: int
+    num_kept: int
+    dropped: Mapping[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenUsage:
+    """Tokens of one request.
+
+    Attributes:
+        prompt_tokens: prefix once and every segment: what the packed prompt holds.
+        computed_tokens: those that went through the model.
+        cached_tokens: prefix tokens that came from the prefix cache.
+        separate_tokens: what one prompt per candidate would have cost.
+    """
+
+    prompt_tokens: int
+    computed_tokens: int
+    cached_tokens: int
+    separate_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreResult:
+    """The answer to a ``ScoreRequest``.
+
+    Attributes:
+        candidates: in the request's own order.
+        distinct_score_ratio: distinct values over candidates with distinct text; 1.0 is healthy.
+        warnings: what the caller should know, in words.
+    """
+
+    id: str | None
+    task: str
+    candidates: tuple[CandidateScore, ...]
+    history: HistoryReport
+    usage: TokenUsage
+    distinct_score_ratio: float
+    warnings: tuple[str, ...] = ()
+
+    def ranked(self) -> list[CandidateScore]:
+        """Return the candidates, best first."""
+        return sorted(self.candidates, key=lambda candidate: candidate.rank)
+
+
+_REQUEST = TypeAdapter(ScoreRequest)
+
+
+def read_request(data: Any) -> ScoreRequest:
+    """Check decoded JSON and make a request of it.
+
+    Raises:
+        RequestError: names each field that is wrong, missing or unknown.
+    """
+    try:
+        request = _REQUEST.validate_python(data)
+    except ValidationError as error:
+        raise RequestError(describe_faults(error.errors())) from error
+    if not request.candidates:
+        raise RequestError("candidates: should hold at least one candidate")
+    return request
+
+
+def describe_faults(faults: Sequence[Any]) -> str:
+    """Put pydantic's list of faults into one line, ``field[index].name: what is wrong``."""
+    lines = []
+    for fault in faults:
+        path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in fault["loc"])
+        unknown = fault["type"] in ("extra_forbidden", "unexpected_keyword_argument")
+        message = "unknown field" if unknown else fault["msg"].removeprefix("Value error, ")
+        lines.append(f"{path.removeprefix('.') or 'request'}: {message}")
+    return "; ".join(lines)
