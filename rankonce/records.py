@@ -3,12 +3,21 @@
 ``read_request`` turns decoded JSON into a ``ScoreRequest`` and names the field of every fault.
 """
 
+import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError, with_config
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    TypeAdapter,
+    ValidationError,
+    with_config,
+)
 
 from rankonce.errors import RequestError
 
@@ -16,15 +25,26 @@ from rankonce.errors import RequestError
 
 def _plain_value(value: object) -> object:
     """Let through what a field may hold."""
-    if value is None or isinstance(value, str | int | float):
-        return value
     if isinstance(value, list | tuple) and all(isinstance(part, str) for part in value):
-        return list(value)
-    raise ValueError("should be text, a number, true, false, null or a list of texts")
+        return [_plain_value(part) for part in value]
+    if value is not None and not isinstance(value, str | int | float):
+        raise ValueError("should be text, a number, true, false, null or a list of texts")
+    if isinstance(value, int | float) and not abs(value) <= sys.float_info.max:
+        raise ValueError("should be a finite number")
+    return _whole_text(value) if isinstance(value, str) else value
+
+
+def _whole_text(value: str) -> str:
+    # JSON can spell half of a surrogate pair; no tokenizer and no UTF-8 takes it.
+    if re.search("[\ud800-\udfff]", value):
+        raise ValueError("should be text, holds half of a surrogate pair")
+    return value
 
 
 def _unix_seconds(value: object) -> object:
     """Read a time: Unix seconds or ISO 8601 (UTC unless it names a zone)."""
+    if isinstance(value, bool):
+        raise ValueError("should be Unix seconds or an ISO 8601 time")
     if not isinstance(value, str):
         return value
     try:
@@ -34,6 +54,7 @@ def _unix_seconds(value: object) -> object:
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 
+Text = Annotated[str, AfterValidator(_whole_text)]
 Value = Annotated[Any, BeforeValidator(_plain_value)]
 Time = Annotated[float, BeforeValidator(_unix_seconds)]
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -50,7 +71,7 @@ class Item:
     """
 
     fields: Mapping[str, Value]
-    id: str | None = None
+    id: Text | None = None
 
 
 @with_config(_STRICT)
@@ -64,7 +85,7 @@ class Event:
     """
 
     item: Item
-    action: str
+    action: Text
     time: Time
 
 
@@ -82,12 +103,12 @@ class ScoreRequest:
         id: the caller's own name for the request; returned unchanged.
     """
 
-    task: str
+    task: Text
     candidates: tuple[Item, ...]
     profile: Mapping[str, Value] = field(default_factory=dict)
     history: tuple[Event, ...] = ()
     time: Time | None = None
-    id: str | None = None
+    id: Text | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -71,12 +71,14 @@ def load_model(
     precision = precision or ("fp32" if device == "cpu" else "bf16")
     if precision not in _DTYPES:
         raise ModelError(f"precision: should be one of {', '.join(_DTYPES)}, is {precision!r}")
+    _check_device(device)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         _check_decoder_only(source, config)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-        network = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
+            output_loading_info=True,
             config=config,
             dtype=_DTYPES[precision],
             use_safetensors=True,
@@ -87,6 +89,14 @@ def load_model(
         raise ModelError(f"model: {source}: a safetensors file is broken: {error}") from error
     except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
         raise ModelError(f"model: {source} cannot be loaded: {_first_line(error)}") from error
+    network, report = loaded
+    missing = sorted(report["missing_keys"])
+    if missing:
+        # transformers fills them with random numbers and goes on.
+        raise ModelError(
+            f"model: {source} lacks {len(missing)} weights of its architecture: "
+            f"{', '.join(missing[:3])}"
+        )
     return prepare_model(network.to(device).eval(), tokenizer, name=source)
 
 
@@ -168,6 +178,13 @@ def _logits(head: Head, hidden_CD: Tensor) -> Tensor:
     if head.bias_V is not None:
         logits = logits + head.bias_V.float()
     return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
+        raise ModelError(f"device: {device!r} cannot be used: {_first_line(error)}") from error
 
 
 def _check_decoder_only(source: str, config: Any) -> None:

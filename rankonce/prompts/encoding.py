@@ -1,6 +1,7 @@
 """Text to token ids, with text from outside kept apart from special tokens."""
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,9 @@ from rankonce.errors import ModelError, RequestError
 
 _CONTENT_MARK = "\x02content\x02"
 _INSTRUCTION_MARK = "\x02instruction\x02"
+# The mark of a turn stands between em spaces: a template that trims its contents takes them off.
+_TURN_MARK = "\u2003\x02{}\x02\u2003"
+_TURN_MARKS = re.compile("(\u2003?)\x02([0-9]+)\x02(\u2003?)")
 
 
 class TextEncoder:
@@ -39,7 +43,9 @@ class TextEncoder:
             raise ModelError("chat: the tokenizer has no chat template")
         self.chat = bool(tokenizer.chat_template) if chat is None else chat
         self._framing = Tokenizer.from_str(backend.to_str())
+        self._tokenizer = tokenizer
         plain = json.loads(backend.to_str())
+        self._added_ids = {token["id"] for token in plain["added_tokens"]}
         self._special_ids = {token["id"] for token in plain["added_tokens"] if token["special"]}
         self._special_ids |= set(tokenizer.all_special_ids)
         plain["added_tokens"] = []
@@ -96,6 +102,37 @@ class TextEncoder:
             return ids
         return ids[len(known) :]
 
+    def encode_chat(self, turns: Sequence[tuple[str, str]]) -> tuple[int, ...]:
+        """Encode a conversation by the model's chat template, up to where the answer begins.
+
+        The ids are those of the whole text, except that special tokens come from the template
+        only: in a turn's content they are letters.
+
+        Args:
+            turns: role and content of each turn.
+
+        Raises:
+            RequestError: there is no template, or it does not take these turns.
+        """
+        if not self._tokenizer.chat_template:
+            raise RequestError("messages: the model has no chat template")
+        # Text between special tokens is encoded in one piece, whether template or content.
+        runs, special_ids = [""], []
+        for text, is_frame in _chat_pieces(self._tokenizer, turns):
+            done = 0
+            if is_frame:
+                encoding = self._framing.encode(text, add_special_tokens=False)
+                for token_id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+                    if token_id in self._added_ids:
+                        runs[-1] += text[done:start]
+                        runs.append("")
+                        special_ids.append(token_id)
+                        done = end
+            runs[-1] += text[done:]
+        first, *others = self._encode_all(runs)
+        pairs = zip(special_ids, others, strict=True)
+        return (*first, *(i for special_id, ids in pairs for i in (special_id, *ids)))
+
     def whole_text_ids(self, text: str) -> list[int]:
         """Encode a rendered prompt in one go, special tokens recognised: for comparison only."""
         return self._frame_ids(text)
@@ -139,10 +176,39 @@ def _chat_frame(tokenizer: Any) -> tuple[str, str, str]:
 
 
 def _apply(tokenizer: Any, messages: list[dict[str, str]]) -> str:
-    # Reasoning models answer at once where their template has the switch.
-    text = tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
-    )
+    text = _render_chat(tokenizer, [(turn["role"], turn["content"]) for turn in messages])
     if _CONTENT_MARK not in text:
         raise ModelError("chat template: drops the content of the member's turn")
+    return text
+
+
+def _chat_pieces(tokenizer: Any, turns: Sequence[tuple[str, str]]) -> list[tuple[str, bool]]:
+    """Apply the template to turns; returns text and whether the template wrote it."""
+    marked = [(role, _TURN_MARK.format(place)) for place, (role, _) in enumerate(turns)]
+    try:
+        text = _render_chat(tokenizer, marked)
+    except Exception as error:  # templates raise what they like
+        raise RequestError(f"messages: the chat template refuses them: {error}") from error
+    pieces, done, places = [], 0, set()
+    for mark in _TURN_MARKS.finditer(text):
+        place = int(mark[2])
+        content = turns[place][1]
+        content = content if mark[1] else content.lstrip()
+        content = content if mark[3] else content.rstrip()
+        pieces += [(text[done : mark.start()], True), (content, False)]
+        done = mark.end()
+        places.add(place)
+    for place in sorted(set(range(len(turns))) - places):
+        raise RequestError(f"messages[{place}]: the chat template leaves its content out")
+    return [*pieces, (text[done:], True)]
+
+
+def _render_chat(tokenizer: Any, turns: Sequence[tuple[str, str]]) -> str:
+    # Reasoning models answer at once where their template has the switch.
+    text = tokenizer.apply_chat_template(
+        [{"role": role, "content": content} for role, content in turns],
+        tokenize=False,
+        add_generation_prompt=True,
+        enable_thinking=False,
+    )
     return str(text)

@@ -1,0 +1,54 @@
+# Every target works on a fresh machine: it creates .venv and installs what it needs.
+#   PYTHON=python3.12 make test    choose the interpreter (3.11 to 3.13)
+
+PYTHON ?= python3
+BIN := .venv/bin
+WRONG_PYTHON := RankOnce needs Python 3.11, 3.12 or 3.13; choose one with PYTHON=...
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test check lint types imports bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: .venv/.core ## score an example with the embedded ranker
+	$(BIN)/rankonce demo
+
+# Each worker computes on one thread: two workers with a pool each would fight for the cores.
+test: .venv/.dev ## run the tests that need neither a GPU nor much time
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu and not slow"
+
+check: lint types imports test ## everything a commit must pass: format, lint, types, floors, tests
+
+lint: .venv/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: .venv/.dev
+	$(BIN)/mypy
+
+imports: .venv/.dev
+	$(BIN)/lint-imports
+
+bench: .venv/.dev ## measure speed on this machine
+	$(BIN)/rankonce bench
+
+clean: ## remove caches and build outputs; .venv stays
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find rankonce tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and "$(WRONG_PYTHON)")'
+	$(PYTHON) -m venv .venv
+
+# torch first and by itself: the largest download should fail before anything else is fetched.
+.venv/.core: pyproject.toml constraints.txt | .venv/bin/python
+	$(INSTALL) torch
+	$(INSTALL) -e .
+	touch $@
+
+.venv/.dev: .venv/.core
+	$(INSTALL) -e ".[dev]"
+	touch $@

@@ -1,0 +1,67 @@
+"""The command line: one file a subcommand, each parses, calls one function and prints.
+
+Data goes to stdout, progress and logs to stderr. Exit 0: done; 1: failed, with ``error: ...`` on
+stderr; 2: bad usage. Subcommands import what is heavy when they run, so that help is quick.
+"""
+
+import logging
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from rankonce import __version__
+from rankonce.cli.explain_prompt import explain_prompt
+from rankonce.cli.score import score
+from rankonce.cli.tasks import tasks
+from rankonce.errors import RankOnceError
+
+app = typer.Typer(
+    name="rankonce",
+    help="Rank many candidates for a member in one forward pass of a language model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(score)
+app.command()(explain_prompt)
+app.command()(tasks)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"rankonce {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def configure(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log on stderr.")] = False,
+) -> None:
+    """Set up logging before the subcommand runs."""
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING,
+        format="%(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit.
+
+    Args:
+        arguments: those of the process by default.
+    """
+    try:
+        app(arguments, prog_name="rankonce")
+    except (RankOnceError, OSError) as error:
+        # OSError: a file or a port, whose name its message carries.
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from error

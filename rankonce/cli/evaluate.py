@@ -1,0 +1,91 @@
+"""``rankonce evaluate``: metrics of a ranker beside baselines, on files of likes and dislikes."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rankonce.cli.options import (
+    DeviceOption,
+    MaxTokensPerPassOption,
+    ModelOption,
+    PrecisionOption,
+    TrustRemoteCodeOption,
+    load_ranker,
+)
+
+def evaluate(
+    train: Annotated[
+        Path,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="Parquet rows whose labels may be used: user_id, item_id, label, timestamp, "
+            "history_ids.",
+        ),
+    ],
+    items: Annotated[
+        Path,
+        typer.Option(exists=True, dir_okay=False, help="Parquet: item_id, title, genres."),
+    ],
+    data: Annotated[
+        Path,
+        typer.Option(exists=True, dir_okay=False, help="Parquet rows to score; columns as train."),
+    ],
+    model: ModelOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON with full precision.")] = False,
+    markdown: Annotated[bool, typer.Option(help="Tables in Markdown.")] = False,
+    num_resamples: Annotated[
+        int, typer.Option(min=2, help="Bootstrap samples of members for the standard errors.")
+    ] = 200,
+    device: DeviceOption = None,
+    precision: PrecisionOption = None,
+    max_tokens_per_pass: MaxTokensPerPassOption = None,
+    trust_remote_code: TrustRemoteCodeOption = False,
+) -> None:
+    """Measure a ranker on rows of likes and dislikes, side by side with baselines.
+
+    rankonce evaluate --model DIR --train train.parquet --items items.parquet --data valid.parquet
+    """
+    from rich.console import Console
+
+    from rankonce.datasets.movielens import read_rows
+    from rankonce.evaluation.protocols import evaluate_movies
+    from rankonce.evaluation.report import render_table, to_json, to_markdown
+
+    ranker = load_ranker(
+        model,
+        device=device,
+        precision=precision,
+        max_tokens_per_pass=max_tokens_per_pass,
+        trust_remote_code=trust_remote_code,
+    )
+    evaluation = evaluate_movies(
+        ranker,
+        train=read_rows(train),
+        items=read_rows(items),
+        data=read_rows(data),
+        name="embedded ranker" if model is None else Path(model).name,
+        num_resamples=num_resamples,
+    )
+    tables = {
+        "metrics": evaluation.rows,
+        "cold": evaluation.cold,
+        "differences": evaluation.differences,
+    }
+    if as_json:
+        parts = {name: json.loads(to_json(rows)) for name, rows in tables.items()}
+        typer.echo(json.dumps({**parts, "tokens": evaluation.tokens}, indent=2))
+        return
+    console = Console(width=160)
+    for rows in tables.values():
+        if markdown:
+            typer.echo(to_markdown(rows))
+        else:
+            console.print(render_table(rows))
+    saved = evaluation.tokens["separate_tokens"] / max(1, evaluation.tokens["computed_tokens"])
+    typer.echo(
+        f"{evaluation.tokens['computed_tokens']:,} tokens computed; one prompt per row would have "
+        f"been {evaluation.tokens['separate_tokens']:,}, {saved:.1f} times as many"
+    )

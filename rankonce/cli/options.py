@@ -1,0 +1,148 @@
+"""Options that several commands share, and the loading of a ranker from them."""
+
+import logging
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rankonce.cli.request_files import STDIN
+
+if TYPE_CHECKING:
+    from rankonce.ranker import Ranker
+
+
+class Precision(StrEnum):
+    """Number formats of the weights."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+    FP16 = "fp16"
+
+
+def _check_requests(path: Path) -> Path:
+    # typer's own check takes "-" for the name of a file.
+    if path != STDIN and (path.is_dir() or not path.exists()):
+        raise typer.BadParameter(f"there is no file {str(path)!r}")
+    return path
+
+
+RequestsArgument = Annotated[
+    Path,
+    typer.Argument(
+        callback=_check_requests,
+        help="JSON lines, or Parquet by its suffix; - reads JSON lines from stdin.",
+    ),
+]
+# Options without a value leave the choice to ``RankerConfig`` and ``load_model``: the texts of
+# show_default say what that is.
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="FOLDER|ID",
+        help="Folder in Hugging Face form, or id of a repository on the hub.",
+        show_default="the embedded movie ranker",
+    ),
+]
+TaskFileOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--task-file",
+        exists=True,
+        dir_okay=False,
+        help="Task file (YAML) beside the library's tasks; may be given several times.",
+    ),
+]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option("--device", help="cpu, cuda, cuda:1, ...", show_default="the GPU if there is one"),
+]
+PrecisionOption = Annotated[
+    Precision | None,
+    typer.Option(
+        "--precision", help="Of the weights.", show_default="bf16 on a GPU, fp32 on a CPU"
+    ),
+]
+MaxTokensPerPassOption = Annotated[
+    int | None,
+    typer.Option(
+        "--max-tokens-per-pass",
+        min=1,
+        help="Computed tokens of one forward pass; bounds its memory.",
+        show_default="16384",
+    ),
+]
+PrefixCacheOption = Annotated[
+    int | None,
+    typer.Option(
+        "--prefix-cache-mb",
+        min=0,
+        help="Bound of the prefix cache in MB; 0 keeps nothing.",
+        show_default="256",
+    ),
+]
+LabelMassOption = Annotated[
+    bool,
+    typer.Option("--label-mass", help="Also report the labels' share of the whole vocabulary."),
+]
+TrustRemoteCodeOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run model code that comes with the checkpoint.")
+]
+ChatOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--chat/--plain",
+        help="Use the tokenizer's chat template, or plain text.",
+        show_default="chat where there is a template",
+    ),
+]
+
+
+def load_ranker(
+    model: str | None = None,
+    *,
+    task_files: Sequence[Path] | None = None,
+    device: str | None = None,
+    precision: Precision | None = None,
+    max_tokens_per_pass: int | None = None,
+    prefix_cache_mb: int | None = None,
+    label_mass: bool = False,
+    trust_remote_code: bool = False,
+    chat: bool | None = None,
+) -> "Ranker":
+    """Load the ranker that the options describe.
+
+    Raises:
+        RankOnceError: the checkpoint or a task file cannot be used.
+    """
+    from rankonce.prompts.tasks import load_task
+
+    # Task files first: a fault in one should not wait for the weights.
+    own_tasks = [load_task(path) for path in task_files or ()]
+
+    from rankonce.ranker import EMBEDDED_MODEL, Ranker, RankerConfig
+
+    quiet_transformers()
+    bounds = {"max_tokens_per_pass": max_tokens_per_pass, "prefix_cache_mb": prefix_cache_mb}
+    given = {name: value for name, value in bounds.items() if value is not None}
+    return Ranker.from_pretrained(
+        model or EMBEDDED_MODEL,
+        device=device,
+        precision=precision,
+        trust_remote_code=trust_remote_code,
+        tasks=own_tasks,
+        config=RankerConfig(label_mass=label_mass, chat=chat, **given),
+    )
+
+
+def quiet_transformers() -> None:
+    """Keep transformers' progress bars and advice off stderr, unless logging is wanted."""
+    if logging.getLogger().isEnabledFor(logging.INFO):
+        return
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()

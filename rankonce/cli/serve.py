@@ -1,0 +1,73 @@
+"""``rankonce serve``: scores over HTTP."""
+
+from typing import Annotated
+
+import typer
+
+from rankonce.cli.options import (
+    ChatOption,
+    DeviceOption,
+    MaxTokensPerPassOption,
+    ModelOption,
+    PrecisionOption,
+    PrefixCacheOption,
+    TaskFileOption,
+    TrustRemoteCodeOption,
+    load_ranker,
+)
+from rankonce.errors import MissingDependencyError
+
+
+def serve(
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65_535, help="0 takes a free one.")
+    ] = 8000,
+    served_model_name: Annotated[
+        str | None,
+        typer.Option(
+            "--served-model-name",
+            help="What clients call the model.",
+            show_default="the checkpoint's name",
+        ),
+    ] = None,
+    model: ModelOption = None,
+    task_file: TaskFileOption = None,
+    device: DeviceOption = None,
+    precision: PrecisionOption = None,
+    max_tokens_per_pass: MaxTokensPerPassOption = None,
+    prefix_cache_mb: PrefixCacheOption = None,
+    trust_remote_code: TrustRemoteCodeOption = False,
+    chat: ChatOption = None,
+) -> None:
+    """Serve scores over HTTP, to clients of OpenAI, SGLang, Cohere and Jina too.
+
+    rankonce serve --port 8000
+    """
+    try:
+        import fastapi  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError(error.name or "fastapi", extra="serve") from error
+    from rankonce.serving.app import open_listener, run_server
+    from rankonce.serving.engine import ServerConfig
+
+    config = ServerConfig(host=host, port=port, served_model_name=served_model_name)
+    # A taken port should be known before the weights are read.
+    listener = open_listener(config)
+    ranker = load_ranker(
+        model,
+        task_files=task_file,
+        device=device,
+        precision=precision,
+        max_tokens_per_pass=max_tokens_per_pass,
+        prefix_cache_mb=prefix_cache_mb,
+        trust_remote_code=trust_remote_code,
+        chat=chat,
+    )
+    shown = f"[{host}]" if ":" in host else host
+    address = f"http://{shown}:{listener.getsockname()[1]}"
+    typer.echo(
+        f"serving {ranker.model.name} on {address}, the interface is at {address}/docs", err=True
+    )
+    run_server(ranker, config, listener)

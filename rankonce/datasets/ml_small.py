@@ -1,0 +1,111 @@
+"""MovieLens latest-small as rows of likes, with films that a member passed over as negatives.
+
+    ratings   user_id, item_id, rating (0.5-5), timestamp (s)
+    items     item_id, title, genres
+
+A rating of 4 and more is a like, 3 and less a dislike; 3.5 says neither and is left out. What people
+rate low they had chosen to watch all the same: to learn taste a ranker must also see films that the
+member never watched. These are drawn as often as others had liked them by then, so that neither
+popularity nor the year can tell them apart.
+"""
+
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from rankonce.datasets.movielens import read_rows
+from rankonce.errors import DataError
+
+# The prompt holds fewer events than this.
+_MAX_HISTORY = 60
+_LIKE, _DISLIKE = 4.0, 3.0
+_COLUMNS = ("user_id", "item_id", "label", "timestamp", "history_ids")
+
+
+def read_ml_small(folder: Path) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Read the ratings as likes and dislikes.
+
+    Returns:
+        rows (user_id, item_id, label, timestamp, history_ids; in the order of time) and items.
+
+    Raises:
+        DataError: a file or a column is missing.
+    """
+    ratings, items = read_rows(folder / "ratings.parquet"), read_rows(folder / "items.parquet")
+    if missing := {"user_id", "item_id", "rating", "timestamp"} - set(ratings.columns):
+        raise DataError(f"ratings: should have the columns {', '.join(sorted(missing))}")
+    clear = ratings.filter((pl.col("rating") >= _LIKE) | (pl.col("rating") <= _DISLIKE))
+    rows = clear.with_columns(label=(pl.col("rating") >= _LIKE).cast(pl.Int8)).sort(
+        "timestamp", "user_id", "item_id"
+    )
+    return add_histories(rows, rows), items
+
+
+def split_each_member(rows: pl.DataFrame, *, held_out_share: float) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Cut every member's rows by time: the last ``held_out_share`` of them are held out."""
+    place = pl.int_range(pl.len()).over("user_id")
+    is_early = place < (pl.len().over("user_id") * (1 - held_out_share)).floor()
+    return rows.filter(is_early), rows.filter(~is_early)
+
+
+def add_passed_over(
+    rows: pl.DataFrame, ratings: pl.DataFrame, *, per_like: int, seed: int
+) -> pl.DataFrame:
+    """Add ``per_like`` films that the member never rated to every liked row, with label 0.
+
+    Args:
+        rows: to which they are added, at the moments of the likes.
+        ratings: all rows that are known; says what members rated and how often films are liked.
+        seed: of the draw.
+
+    Returns:
+        The rows and the added ones in the order of time, with their histories.
+    """
+    generator = np.random.default_rng(seed)
+    likes = ratings.filter(pl.col("label") == 1).sort("timestamp")
+    liked_films, liked_moments = likes["item_id"].to_numpy(), likes["timestamp"].to_numpy()
+    rated: dict[int, set[int]] = defaultdict(set)
+    for user, film in ratings.select("user_id", "item_id").iter_rows():
+        rated[user].add(film)
+    drawn: list[tuple[int, int, int]] = []
+    liked_rows = rows.filter(pl.col("label") == 1).select("user_id", "timestamp")
+    for user, moment in liked_rows.iter_rows():
+        # A draw from all likes until then takes films in proportion to their likes.
+        known = np.searchsorted(liked_moments, moment)
+        if not known:
+            continue
+        films = liked_films[generator.integers(known, size=3 * per_like)].tolist()
+        new = list(dict.fromkeys(film for film in films if film not in rated[user]))
+        drawn += [(user, film, moment) for film in new[:per_like]]
+    columns = zip(*drawn, strict=True) if drawn else ((), (), ())
+    users, films_drawn, moments = (list(column) for column in columns)
+    passed = pl.DataFrame(
+        {
+            "user_id": users,
+            "item_id": films_drawn,
+            "label": [0] * len(drawn),
+            "timestamp": moments,
+        },
+        schema={name: rows.schema[name] for name in _COLUMNS[:-1]},
+    )
+    both = pl.concat([rows.select(_COLUMNS[:-1]), passed]).sort("timestamp", "user_id", "item_id")
+    return add_histories(both, ratings)
+
+
+def add_histories(rows: pl.DataFrame, ratings: pl.DataFrame) -> pl.DataFrame:
+    """Add ``history_ids``: the newest films that the member had liked strictly before each row."""
+    liked: dict[int, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
+    likes = ratings.filter(pl.col("label") == 1).sort("timestamp", "item_id")
+    for user, film, moment in likes.select("user_id", "item_id", "timestamp").iter_rows():
+        liked[user][0].append(film)
+        liked[user][1].append(moment)
+    histories = []
+    for user, moment in rows.select("user_id", "timestamp").iter_rows():
+        films, moments = liked[user]
+        end = int(np.searchsorted(moments, moment)) if moments else 0
+        histories.append(films[max(0, end - _MAX_HISTORY) : end])
+    return rows.select(_COLUMNS[:-1]).with_columns(
+        history_ids=pl.Series(histories, dtype=pl.List(pl.Int64))
+    )

@@ -1,0 +1,148 @@
+"""Score the rows of a dataset with the ranker that serves, and put metrics beside baselines."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+
+from rankonce.datasets.movielens import MovieRows, movie_examples, movie_rows
+from rankonce.datasets.statistics import Floats, read_labels, read_whole_numbers
+from rankonce.errors import DataError
+from rankonce.evaluation.baselines import BASELINES
+from rankonce.evaluation.metrics import (
+    bootstrap_over_members,
+    cold_buckets,
+    distinct_score_ratio,
+    paired_bootstrap_over_members,
+)
+from rankonce.evaluation.report import EvaluationRow
+from rankonce.ranker import Ranker
+
+_METRICS = (
+    "auc",
+    "uauc",
+    "ndcg@10",
+    "log_loss",
+    "normalised_entropy",
+    "expected_calibration_error",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Rankers side by side on the same rows.
+
+    Attributes:
+        rows: one a ranker: metrics with standard errors over members.
+        cold: one a ranker: AUC by the number of films in the row's history.
+        differences: for each baseline, the first ranker's AUC minus its own with the standard
+            error of the paired difference.
+        tokens: what the first ranker read, and what one prompt per row would have cost.
+    """
+
+    rows: Sequence[EvaluationRow]
+    cold: Sequence[EvaluationRow]
+    differences: Sequence[EvaluationRow]
+    tokens: dict[str, int]
+
+
+def evaluate_movies(
+    ranker: Ranker,
+    *,
+    train: pl.DataFrame,
+    items: pl.DataFrame,
+    data: pl.DataFrame,
+    name: str,
+    num_resamples: int = 200,
+) -> Evaluation:
+    """Evaluate a ranker and the baselines on rows of likes and dislikes.
+
+    Statistics of members and films come from the train rows alone, for every ranker alike; every
+    row has its own history.
+
+    Args:
+        train, data: user_id, item_id, label, timestamp, history_ids.
+        items: item_id, title, genres.
+
+    Raises:
+        DataError: a column is missing, or there is no row.
+    """
+    labels = read_labels(data)
+    if not len(labels):
+        raise DataError("data: should hold at least one row")
+    movies = movie_rows(data, items, train=train)
+    scores, tokens = score_rows(ranker, movies)
+    by_name = {name: scores}
+    for baseline, score in BASELINES.items():
+        by_name[baseline] = score(train, items, data)
+    members = read_whole_numbers(data, "user_id")
+    lengths = np.array([len(history) for history in movies.histories])
+    return Evaluation(
+        rows=[_measure(key, labels, p, members, num_resamples) for key, p in by_name.items()],
+        cold=[_measure_cold(key, labels, p, lengths) for key, p in by_name.items()],
+        differences=[
+            _compare(key, labels, scores, p, members, num_resamples)
+            for key, p in by_name.items()
+            if key != name
+        ],
+        tokens=tokens,
+    )
+
+
+def score_rows(ranker: Ranker, movies: MovieRows) -> tuple[Floats, dict[str, int]]:
+    """Score every row with its own history: P(Yes) in the rows' order, and the tokens it took."""
+    examples = list(movie_examples(movies, candidates_per_example=500, shared_history=False))
+    probabilities = np.full(movies.rows.height, np.nan)
+    tokens = {"computed_tokens": 0, "separate_tokens": 0}
+    for result in ranker.score_many([example.request for example in examples]):
+        for candidate in result.candidates:
+            probabilities[int(str(candidate.id))] = np.exp(candidate.log_probs["Yes"])
+        tokens["computed_tokens"] += result.usage.computed_tokens
+        tokens["separate_tokens"] += result.usage.separate_tokens
+    return probabilities, tokens
+
+
+def _measure(
+    name: str, labels: np.ndarray, scores: Floats, members: np.ndarray, num_resamples: int
+) -> EvaluationRow:
+    estimates = {
+        metric: bootstrap_over_members(metric, labels, scores, members, num_resamples=num_resamples)
+        for metric in _METRICS
+    }
+    return EvaluationRow(
+        name=name,
+        metrics={
+            **{metric: estimate.value for metric, estimate in estimates.items()},
+            "distinct_score_ratio": distinct_score_ratio(scores),
+        },
+        standard_errors={m: estimate.standard_error for m, estimate in estimates.items()},
+    )
+
+
+def _measure_cold(
+    name: str, labels: np.ndarray, scores: Floats, lengths: np.ndarray
+) -> EvaluationRow:
+    buckets = cold_buckets(labels, scores, lengths)
+    return EvaluationRow(
+        name=name,
+        metrics={f"AUC {b.history_length} events ({b.count} rows)": b.auc for b in buckets},
+    )
+
+
+def _compare(
+    name: str,
+    labels: np.ndarray,
+    scores: Floats,
+    others: Floats,
+    members: np.ndarray,
+    num_resamples: int,
+) -> EvaluationRow:
+    estimate = paired_bootstrap_over_members(
+        "auc", labels, scores, others, members, num_resamples=num_resamples
+    )
+    return EvaluationRow(
+        name=f"AUC against {name}",
+        metrics={"difference": estimate.value, "low": estimate.low, "high": estimate.high},
+        standard_errors={"difference": estimate.standard_error},
+    )

@@ -1,0 +1,10 @@
+"""Scores over HTTP, in our own form and in those of OpenAI, SGLang, Cohere and Jina.
+
+app       the routes, and the start of the server
+schemas   shapes of the questions, ``fields`` the values in them, ``answers`` shapes of the answers
+failures  every failure as an answer in OpenAI's form
+engine    from question to answer
+prompts   prompts that the caller wrote, to token ids; ``packing`` finds what they share
+logprobs  what the model says of the next token, as OpenAI's clients read it
+batcher   the one thread that runs the model
+"""

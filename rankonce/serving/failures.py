@@ -1,0 +1,163 @@
+"""Every failure becomes an answer in OpenAI's form: status, message, type, param, code."""
+
+import logging
+import re
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from typing import Any, cast
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
+from pydantic_core import from_json
+from starlette.exceptions import HTTPException
+
+from rankonce.errors import (
+    NumericsError,
+    PromptTooLongError,
+    RankOnceError,
+    RequestError,
+    TaskError,
+)
+from rankonce.records import describe_faults
+
+logger = logging.getLogger(__name__)
+
+# A question may have a fault in every candidate.
+_MAX_FAULTS = 5
+_FIELD = re.compile(r"([A-Za-z_][\w.\[\]]*): ")
+
+
+class ServingError(HTTPException):
+    """A question that the server refuses before it reaches the ranker."""
+
+    def __init__(self, status: int, message: str, *, code: str | None = None) -> None:
+        super().__init__(status, message)
+        self.code = code
+
+
+class TooLargeError(ServingError):
+    """More candidates or bytes than the server takes."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(413, message, code="request_too_large")
+
+
+class BoundedRequest(Request):
+    """A request whose body is bounded, and strict JSON."""
+
+    async def body(self) -> bytes:
+        """Read the body, unless it is larger than the server takes."""
+        if not hasattr(self, "_body"):
+            self._body = await self._read_body(self.app.state.max_body_bytes)
+        return self._body
+
+    async def json(self) -> Any:
+        """Decode the body: no NaN, no lone surrogates, bounded depth."""
+        try:
+            return from_json(await self.body(), allow_inf_nan=False)
+        except ValueError as error:
+            raise ServingError(400, f"the body is not JSON: {error}") from error
+
+    async def _read_body(self, max_bytes: int) -> bytes:
+        # A declared length spares the transfer.
+        size = int(self.headers.get("content-length", 0))
+        if size <= max_bytes:
+            chunks, size = [], 0
+            async for chunk in self.stream():
+                chunks.append(chunk)
+                size += len(chunk)
+                if size > max_bytes:
+                    break
+            else:
+                return b"".join(chunks)
+        raise TooLargeError(f"the body should have at most {max_bytes:,} bytes")
+
+
+class JsonRoute(APIRoute):
+    """A route that reads its body as ``BoundedRequest`` does."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Wrap the handler that FastAPI builds."""
+        handle = super().get_route_handler()
+
+        async def handle_bounded(request: Request) -> Response:
+            return await handle(BoundedRequest(request.scope, request.receive))
+
+        return handle_bounded
+
+
+def answer_failures(app: FastAPI) -> None:
+    """Put the handlers on an app; they are tried from the class of the error upwards."""
+    for kind, handler in _HANDLERS.items():
+        app.add_exception_handler(kind, handler)
+
+
+def _answer(
+    status: int,
+    message: str,
+    *,
+    code: str | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> Response:
+    named = _FIELD.match(message)
+    error = {
+        "message": message,
+        "type": "server_error" if status >= 500 else "invalid_request_error",
+        "param": named[1] if named else None,
+        "code": code,
+    }
+    return JSONResponse({"error": error}, status, headers=headers)
+
+
+async def _on_http(request: Request, error: Exception) -> Response:
+    fault = cast(HTTPException, error)
+    message, code = fault.detail, getattr(fault, "code", None)
+    if not isinstance(fault, ServingError):
+        path = f"{request.method} {request.url.path}"
+        if fault.status_code == 404:
+            message, code = f"there is no {path}", "not_found"
+        elif fault.status_code == 405:
+            allowed = (fault.headers or {}).get("Allow", "another method")
+            message, code = f"there is no {path}, use {allowed}", "method_not_allowed"
+    return _answer(fault.status_code, message, code=code, headers=fault.headers)
+
+
+async def _on_validation(request: Request, error: Exception) -> Response:
+    faults = [
+        {**fault, "loc": fault["loc"][1:]} for fault in cast(RequestValidationError, error).errors()
+    ]
+    if not faults[0]["loc"] and faults[0]["type"] != "value_error":
+        message = "the body should be a JSON object, sent with Content-Type: application/json"
+        return _answer(400, message)
+    # A fault of two fields together has no place and names them itself.
+    lines = [describe_faults([fault]).removeprefix("request: ") for fault in faults[:_MAX_FAULTS]]
+    if len(faults) > _MAX_FAULTS:
+        lines.append(f"and {len(faults) - _MAX_FAULTS} more")
+    return _answer(400, "; ".join(lines))
+
+
+async def _on_bad_request(request: Request, error: Exception) -> Response:
+    too_long = isinstance(error, PromptTooLongError)
+    return _answer(400, str(error), code="context_length_exceeded" if too_long else None)
+
+
+async def _on_house_error(request: Request, error: Exception) -> Response:
+    logger.error("%s: %s", type(error).__name__, error)
+    code = "numerics_error" if isinstance(error, NumericsError) else None
+    return _answer(500, str(error), code=code)
+
+
+async def _on_crash(request: Request, error: Exception) -> Response:
+    # The server logs the traceback itself.
+    return _answer(500, "the server failed; its log says why")
+
+
+_HANDLERS: dict[type[Exception], Callable[[Request, Exception], Awaitable[Response]]] = {
+    HTTPException: _on_http,
+    RequestValidationError: _on_validation,
+    RequestError: _on_bad_request,
+    TaskError: _on_bad_request,
+    RankOnceError: _on_house_error,
+    Exception: _on_crash,
+}

@@ -1,0 +1,111 @@
+"""Prompts that share their beginning become one request: the beginning is its prefix."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rankonce.layout import TokenizedRequest
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedPrompts:
+    """Prompts as requests.
+
+    Attributes:
+        requests: groups of prompts that share their beginning.
+        places: for each request the prompts that its segments are.
+        num_tokens: of all prompts, each whole.
+    """
+
+    requests: list[TokenizedRequest]
+    places: list[list[int]]
+    num_tokens: int
+
+
+def pack_prompts(prompts: Sequence[tuple[int, ...]], label_ids: Sequence[int]) -> PackedPrompts:
+    """Group prompts by their beginnings so that few tokens go through the model.
+
+    In sorted order prompts that share a beginning are neighbours. Neighbours become one request
+    where one beginning for all saves more tokens than several longer ones for some.
+    """
+    keys = [np.array(ids, dtype=">u4").tobytes() for ids in prompts]
+    order = sorted(range(len(prompts)), key=keys.__getitem__)
+    arrays = [np.array(prompts[index]) for index in order]
+    shared = [_shared(one, other) for one, other in pairwise(arrays)]
+    labels = tuple((label_id,) for label_id in label_ids)
+    requests, places = [], []
+    for group in _group(shared):
+        indices = order[group.first : group.last + 1]
+        requests.append(
+            TokenizedRequest(
+                prefix_ids=prompts[indices[0]][: group.shared],
+                segment_ids=tuple(prompts[index][group.shared :] for index in indices),
+                label_ids=labels,
+            )
+        )
+        places.append(indices)
+    return PackedPrompts(requests=requests, places=places, num_tokens=sum(map(len, prompts)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Group:
+    """Neighbours ``first..last`` with ``shared`` tokens in common."""
+
+    first: int
+    last: int
+    shared: int
+
+
+@dataclass(kw_only=True)
+class _Run:
+    """Neighbours that have at least ``shared`` tokens in common, cut at where it is no more."""
+
+    shared: int
+    parts: list["_Choice"] = field(default_factory=list)
+
+    def choose(self) -> "_Choice":
+        """Take the run whole, or each part as it is, whichever saves more tokens."""
+        first, last = self.parts[0].first, self.parts[-1].last
+        whole = (last - first) * self.shared
+        parted = sum(part.saved for part in self.parts)
+        if whole > parted:
+            group = _Group(first=first, last=last, shared=self.shared)
+            return _Choice(first=first, last=last, saved=whole, groups=[group])
+        groups = [group for part in self.parts for group in part.groups]
+        return _Choice(first=first, last=last, saved=parted, groups=groups)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Choice:
+    """How neighbours ``first..last`` are grouped, and the tokens that this saves."""
+
+    first: int
+    last: int
+    saved: int
+    groups: list[_Group]
+
+
+def _group(shared: Sequence[int]) -> list[_Group]:
+    """Group neighbours, given how many tokens each shares with the next one."""
+    runs: list[_Run] = []
+    for index, common in enumerate([*shared, -1]):
+        alone = _Group(first=index, last=index, shared=0)
+        choice = _Choice(first=index, last=index, saved=0, groups=[alone])
+        while runs and runs[-1].shared > common:
+            runs[-1].parts.append(choice)
+            choice = runs.pop().choose()
+        if not runs or runs[-1].shared < common:
+            runs.append(_Run(shared=common))
+        runs[-1].parts.append(choice)
+    return runs[0].parts[0].groups
+
+
+def _shared(one: NDArray[Any], other: NDArray[Any]) -> int:
+    """Count the tokens that two prompts begin with, leaving each at least one of its own."""
+    length = min(len(one), len(other))
+    different = np.flatnonzero(one[:length] != other[:length])
+    return int(different[0]) if different.size else length - 1

@@ -1,0 +1,1 @@
+"""Supervised fine-tuning at the score rows, through the renderer and packer that serve."""

@@ -1,0 +1,105 @@
+"""Checkpoints in Hugging Face form, with what a run needs to go on with the same bits.
+
+    OUT/                     the finished model: config, safetensors, tokenizer
+    OUT/run.json             recipe, configuration, fingerprints of the data, commit, versions
+    OUT/metrics.jsonl        one line a step
+    OUT/checkpoints/STEP/    a model as above, and state/ with optimiser and random numbers
+"""
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import rankonce
+from rankonce.errors import TrainingError
+
+_NUM_KEPT = 2
+
+
+def save_checkpoint(out: Path, step: int, *, accelerator: Any, network: Any, tokenizer: Any) -> None:
+    """Write a checkpoint aside and move it into place, so that a torn one is never found."""
+    folder = out / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = folder / f".{step}"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    save_model(unfinished, accelerator.unwrap_model(network), tokenizer)
+    accelerator.save_state(str(unfinished / "state"), safe_serialization=True)
+    final = folder / str(step)
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(unfinished, final)
+    for old in _steps(folder)[:-_NUM_KEPT]:
+        shutil.rmtree(folder / str(old))
+
+
+def save_model(folder: Path, network: Any, tokenizer: Any) -> None:
+    """Write a model that ``from_pretrained`` loads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    network.save_pretrained(folder, safe_serialization=True)
+    tokenizer.save_pretrained(folder)
+
+
+def latest_checkpoint(out: Path) -> tuple[int, Path] | None:
+    """Find the newest checkpoint of a run: its step and folder."""
+    steps = _steps(out / "checkpoints")
+    return (steps[-1], out / "checkpoints" / str(steps[-1])) if steps else None
+
+
+def write_run_record(out: Path, record: dict[str, Any]) -> None:
+    """Write what the run was made of, or check that a resumed run is the same one.
+
+    Raises:
+        TrainingError: the folder holds a run of another configuration.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "run.json"
+    if path.exists():
+        before = json.loads(path.read_text())
+        for name in ("config", "data"):
+            if before[name] != json.loads(json.dumps(record[name])):
+                raise TrainingError(
+                    f"out: {out} holds a run with another {name}; choose a new folder or the "
+                    f"{name} of before: {before[name]}"
+                )
+    path.write_text(json.dumps({**record, **_versions()}, indent=2) + "\n")
+
+
+def cut_metrics(out: Path, last_step: int) -> None:
+    """Drop the metrics of steps that a resumed run does again."""
+    path = out / "metrics.jsonl"
+    if path.exists():
+        kept = []
+        for line in path.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= last_step:
+                    kept.append(line)
+            except json.JSONDecodeError:
+                break  # the run was killed in the middle of this line
+        path.write_text("".join(f"{line}\n" for line in kept))
+
+
+def _steps(folder: Path) -> list[int]:
+    if not folder.is_dir():
+        return []
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+
+
+def _versions() -> dict[str, str]:
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return {
+        "rankonce": rankonce.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "commit": commit.stdout.strip() or "unknown",
+    }

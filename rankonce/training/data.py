@@ -1,0 +1,167 @@
+"""Examples become steps: tokenised, shuffled by a seed, packed under a token budget."""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rankonce.errors import DataError, RankOnceError, TaskError
+from rankonce.layout import PassPart, TokenizedRequest
+from rankonce.model.packing import PackedBatch, pack_pass
+from rankonce.prompts.rendering import Renderer
+from rankonce.prompts.tasks import Task, find_task
+from rankonce.records import TrainingExample, read_request
+
+_UNKNOWN = -100
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizedExample:
+    """A request as token ids with the index of every candidate's label, -100 where unknown."""
+
+    tokens: TokenizedRequest
+    labels: tuple[int, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the prefix, once, and of all segments."""
+        return len(self.tokens.prefix_ids) + sum(map(len, self.tokens.segment_ids))
+
+    @property
+    def num_labels(self) -> int:
+        """Candidates whose label is known."""
+        return sum(label != _UNKNOWN for label in self.labels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingBatch:
+    """Examples of one forward pass.
+
+    Attributes:
+        label_groups: rows that share their labels' tokens: token ids, rows, label indices.
+    """
+
+    batch: PackedBatch
+    label_groups: tuple[tuple[tuple[tuple[int, ...], ...], Tensor, Tensor], ...]
+
+
+def read_examples(path: Path) -> list[TrainingExample]:
+    """Read JSON lines: a request and its ``labels``, one a candidate, null where unknown.
+
+    ``member`` may name the member; else the request's id does.
+
+    Raises:
+        DataError: names the line and the field.
+    """
+    examples = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                examples.append(_read_example(json.loads(line), number))
+            except (json.JSONDecodeError, RankOnceError) as error:
+                raise DataError(f"{path}: line {number}: {error}") from error
+    if not examples:
+        raise DataError(f"{path}: should hold at least one example")
+    return examples
+
+
+def _read_example(data: Any, number: int) -> TrainingExample:
+    if not isinstance(data, dict):
+        raise DataError("should be a JSON object")
+    labels = data.pop("labels", None)
+    member = data.pop("member", None)
+    request = read_request(data)
+    if not isinstance(labels, list) or len(labels) != len(request.candidates):
+        raise DataError(f"labels: should hold one label for each of {len(request.candidates)} candidates")
+    return TrainingExample(
+        request=request, labels=tuple(labels), member=str(member or request.id or number)
+    )
+
+
+def tokenize_examples(
+    examples: Iterable[TrainingExample], renderer: Renderer, tasks: dict[str, Task]
+) -> Iterator[TokenizedExample]:
+    """Render and tokenise, exactly as for scoring.
+
+    Raises:
+        TaskError: a label that the task does not have.
+    """
+    for example in examples:
+        task = find_task(example.request.task, tasks)
+        index = {None: _UNKNOWN, **{name: place for place, name in enumerate(task.label_names)}}
+        for label in example.labels:
+            if label not in index:
+                raise TaskError(
+                    f"labels: should be one of {', '.join(task.label_names)}, is {label!r}"
+                )
+        yield TokenizedExample(
+            tokens=renderer.render(task, example.request).tokens,
+            labels=tuple(index[label] for label in example.labels),
+        )
+
+
+def shuffle_into_steps(
+    examples: Sequence[TokenizedExample], *, labels_per_step: int, seed: int
+) -> list[list[TokenizedExample]]:
+    """Shuffle and cut into optimiser steps of about ``labels_per_step`` labels each."""
+    order = np.random.default_rng(seed).permutation(len(examples))
+    steps: list[list[TokenizedExample]] = []
+    labels = labels_per_step
+    for index in order.tolist():
+        if labels >= labels_per_step:
+            steps.append([])
+            labels = 0
+        steps[-1].append(examples[index])
+        labels += examples[index].num_labels
+    return steps
+
+
+def split_by_tokens(
+    examples: Sequence[TokenizedExample], *, max_tokens_per_pass: int
+) -> list[list[TokenizedExample]]:
+    """Cut a step into passes under a token budget; an example is never cut."""
+    passes: list[list[TokenizedExample]] = [[]]
+    tokens = 0
+    for example in examples:
+        if passes[-1] and tokens + example.num_tokens > max_tokens_per_pass:
+            passes.append([])
+            tokens = 0
+        passes[-1].append(example)
+        tokens += example.num_tokens
+    return passes
+
+
+def pack_examples(
+    examples: Sequence[TokenizedExample], device: torch.device | str = "cpu"
+) -> TrainingBatch:
+    """Pack examples into one pass, each prefix computed once."""
+    requests = [example.tokens for example in examples]
+    parts = [
+        PassPart(request=index, first=0, last=len(request.segment_ids), cached=False)
+        for index, request in enumerate(requests)
+    ]
+    groups: dict[tuple[tuple[int, ...], ...], tuple[list[int], list[int]]] = {}
+    row = 0
+    for example in examples:
+        rows, labels = groups.setdefault(example.tokens.label_ids, ([], []))
+        for label in example.labels:
+            if label != _UNKNOWN:
+                rows.append(row)
+                labels.append(label)
+            row += 1
+    return TrainingBatch(
+        batch=pack_pass(parts, requests, {}, keep_prefixes=False, device=device),
+        label_groups=tuple(
+            (ids, torch.tensor(rows, device=device), torch.tensor(labels, device=device))
+            for ids, (rows, labels) in groups.items()
+        ),
+    )

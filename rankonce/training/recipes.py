@@ -1,0 +1,196 @@
+"""Recipes: functions that say what is trained, on what and how, each with its defaults."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from transformers import PreTrainedTokenizerFast
+
+from rankonce.datasets.ml_small import add_passed_over, read_ml_small, split_each_member
+from rankonce.datasets.movielens import movie_examples, movie_rows, read_rows
+from rankonce.errors import DataError
+from rankonce.model.loading import load_model
+from rankonce.model.sizes import build_model
+from rankonce.prompts.encoding import TextEncoder
+from rankonce.prompts.rendering import Renderer
+from rankonce.prompts.tasks import Task, find_task, library_tasks
+from rankonce.records import TrainingExample
+from rankonce.training.data import read_examples
+from rankonce.training.loop import TrainConfig, TrainingData, train
+from rankonce.training.tokenizer import train_tokenizer
+
+# Where in the train rows the present of an epoch may lie.
+_PRESENT_SHARE = (0.2, 0.8)
+# Of every member's rows, the newest.
+HELD_OUT_SHARE = 0.1
+_PASSED_OVER_PER_LIKE = 1
+# Prompts that a tokenizer is trained on.
+_NUM_TOKENIZER_EXAMPLES = 2000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What ``rankonce train`` runs.
+
+    Attributes:
+        load: reads the data from a folder or file.
+        size: the size to build where no checkpoint is given.
+    """
+
+    name: str
+    description: str
+    load: Callable[[Path, TrainConfig], TrainingData]
+    size: str
+    config: TrainConfig = field(default_factory=TrainConfig)
+
+
+def ml1m() -> Recipe:
+    """MovieLens-1M in CoLLM's split: ``train.parquet``, ``valid.parquet``, ``items.parquet``."""
+    return Recipe(
+        name="ml1m",
+        description="will the member like the film; MovieLens-1M, CoLLM's split by time",
+        load=_load_ml1m,
+        size="1m",
+        config=TrainConfig(epochs=6, labels_per_step=256, learning_rate=2e-3, seed=1),
+    )
+
+
+def ml_small() -> Recipe:
+    """MovieLens latest-small with films that members passed over; makes the embedded ranker."""
+    return Recipe(
+        name="ml-small",
+        description="which films does the member pick and like; MovieLens latest-small",
+        load=_load_ml_small,
+        size="1m",
+        config=TrainConfig(epochs=6, labels_per_step=512, learning_rate=2e-3, seed=1),
+    )
+
+
+def examples() -> Recipe:
+    """Training examples of any task in a file of JSON lines."""
+    return Recipe(
+        name="examples",
+        description="JSON lines of requests with their labels, for any task",
+        load=_load_examples,
+        size="3m",
+        config=TrainConfig(learning_rate=1e-3),
+    )
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {
+    "ml1m": ml1m,
+    "ml-small": ml_small,
+    "examples": examples,
+}
+
+
+def run_recipe(
+    recipe: Recipe, data: Path, out: Path, *, model: str | None = None, tasks: Iterable[Task] = ()
+) -> None:
+    """Train by a recipe, from a checkpoint or from random weights.
+
+    Args:
+        model: a checkpoint to start from; without one a tokenizer is trained on the data and a
+            model of the recipe's size is built.
+
+    Raises:
+        RankOnceError: the data, the checkpoint or the output folder cannot be used.
+    """
+    known = {**library_tasks(), **{task.name: task for task in tasks}}
+    loaded = recipe.load(data, recipe.config)
+    if model is None:
+        tokenizer = _tokenizer_for(list(loaded.epoch(0)), known)
+        network = build_model(recipe.size, seed=recipe.config.seed)
+    else:
+        start = load_model(model, precision="fp32")
+        network, tokenizer = start.network, start.tokenizer
+    train(
+        network,
+        tokenizer,
+        loaded,
+        out,
+        tasks=known,
+        config=recipe.config,
+        record={"recipe": recipe.name, "size": recipe.size if model is None else None, "model": model},
+    )
+
+
+def _load_ml1m(folder: Path, config: TrainConfig) -> TrainingData:
+    names = ("train.parquet", "valid.parquet", "items.parquet")
+    train_rows, valid_rows, items = (read_rows(folder / name) for name in names)
+    moments = np.sort(train_rows["timestamp"].to_numpy())
+
+    def epoch(number: int) -> Iterable[TrainingExample]:
+        # A ranker is trained on a past whose statistics stand still and serves what comes after.
+        # Every epoch plays that with another day as the present: what follows it is described by
+        # what came before, what precedes it by its own past.
+        seed = 1000 * config.seed + number
+        share = np.random.default_rng(seed).uniform(*_PRESENT_SHARE)
+        present = moments[int(share * len(moments))]
+        before = train_rows.filter(pl.col("timestamp") < present)
+        after = train_rows.filter(pl.col("timestamp") >= present)
+        for movies in (movie_rows(before, items), movie_rows(after, items, train=before)):
+            yield from movie_examples(movies, candidates_per_example=24, seed=seed)
+
+    held_out = movie_rows(valid_rows, items, train=train_rows)
+    return TrainingData(
+        epoch=epoch,
+        valid=list(movie_examples(held_out, candidates_per_example=24)),
+        fingerprint={name: fingerprint(folder / name) for name in names},
+    )
+
+
+def _load_ml_small(folder: Path, config: TrainConfig) -> TrainingData:
+    ratings, items = read_ml_small(folder)
+    train_rows, valid_rows = split_each_member(ratings, held_out_share=HELD_OUT_SHARE)
+
+    def epoch(number: int) -> Iterable[TrainingExample]:
+        seed = 1000 * config.seed + number
+        rows = add_passed_over(train_rows, train_rows, per_like=_PASSED_OVER_PER_LIKE, seed=seed)
+        movies = movie_rows(rows, items, train=train_rows)
+        return movie_examples(movies, candidates_per_example=48, seed=seed)
+
+    held_out = add_passed_over(valid_rows, ratings, per_like=_PASSED_OVER_PER_LIKE, seed=0)
+    return TrainingData(
+        epoch=epoch,
+        valid=list(
+            movie_examples(
+                movie_rows(held_out, items, train=train_rows), candidates_per_example=48
+            )
+        ),
+        fingerprint={
+            name: fingerprint(folder / name) for name in ("ratings.parquet", "items.parquet")
+        },
+    )
+
+
+def _load_examples(path: Path, config: TrainConfig) -> TrainingData:
+    rows = read_examples(path)
+    return TrainingData(epoch=lambda _: rows, valid=[], fingerprint={path.name: fingerprint(path)})
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 of a file."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _tokenizer_for(
+    examples: Sequence[TrainingExample], tasks: dict[str, Task]
+) -> PreTrainedTokenizerFast:
+    """Train a tokenizer on prompts, rendered with one that knows bytes and labels only."""
+    used = [find_task(name, tasks) for name in sorted({e.request.task for e in examples})]
+    bytewise = train_tokenizer([" "], used)
+    renderer = Renderer(TextEncoder(bytewise), max_prompt_tokens=2**31)
+    texts = []
+    for example in examples[:_NUM_TOKENIZER_EXAMPLES]:
+        rendered = renderer.render(find_task(example.request.task, tasks), example.request)
+        texts.append(rendered.prefix.removeprefix(bytewise.bos_token))
+        texts += rendered.segments
+    return train_tokenizer(texts, used)
