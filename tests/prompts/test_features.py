@@ -46,7 +46,15 @@ def test_lists_are_joined_by_commas(value: Any, words: str) -> None:
 
 @pytest.mark.parametrize(
     ("value", "words"),
-    [(0, "0"), (7, "7"), (14, "10"), (15, "15"), (42, "30"), (999_999, "100000"), (10**9, "1000000")],
+    [
+        (0, "0"),
+        (7, "7"),
+        (14, "10"),
+        (15, "15"),
+        (42, "30"),
+        (999_999, "100000"),
+        (10**9, "1000000"),
+    ],
 )
 def test_counts_are_rounded_down_to_a_bucket(value: int, words: str) -> None:
     assert say(value, type="count") == words
@@ -71,7 +79,9 @@ def test_a_task_may_bring_its_own_count_buckets() -> None:
 )
 def test_shares_are_percentages_in_steps_of_five(value: Any, words: str | None) -> None:
     if words is None:
-        with pytest.raises(RequestError, match=r"candidates\[3\]\.fields\.name: should be a number"):
+        with pytest.raises(
+            RequestError, match=r"candidates\[3\]\.fields\.name: should be a number"
+        ):
             say(value, type="share")
     else:
         assert say(value, type="share") == words
@@ -142,6 +152,7 @@ def test_a_larger_number_never_takes_an_earlier_word(bounds: set[float], pair: l
         (-1, {"type": "count"}),
         (math.nan, {"type": "count"}),
         (1.01, {"type": "share"}),
+        (True, {"type": "share"}),
         (-0.1, {"type": "share"}),
         (101, {"type": "percentile"}),
         (-1, {"type": "age"}),

@@ -124,11 +124,11 @@ def test_kept_and_dropped_are_all_events_and_kept_are_in_time_order(
         assert all((events[index].time, index) < oldest for index in report.dropped)
 
 
-def request(num_events: int, *, title: str = "Heat") -> ScoreRequest:
+def request(num_events: int) -> ScoreRequest:
     return ScoreRequest(
         task="movie-like",
         time=10_000,
-        history=tuple(event(1_000 + place, title=f"{title} {place}") for place in range(num_events)),
+        history=tuple(event(1_000 + place, title=f"Heat {place}") for place in range(num_events)),
         candidates=(Item(fields={"title": "Alien"}),),
     )
 
