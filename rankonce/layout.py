@@ -84,7 +84,9 @@ class SegmentLayout:
 
 
 def lay_out_pass(
-    parts: Sequence[PassPart], prefix_lengths: Sequence[int], segment_lengths: Sequence[Sequence[int]]
+    parts: Sequence[PassPart],
+    prefix_lengths: Sequence[int],
+    segment_lengths: Sequence[Sequence[int]],
 ) -> SegmentLayout:
     """Place the parts of a pass one after another.
 

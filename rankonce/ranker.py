@@ -1,15 +1,15 @@
 """The whole trip of a request: prepare → forward → finish.
 
-    prepare   task and request become text and token ids                 rankonce.prompts
-    forward   requests are packed into passes, prefixes come from or go
-              to the cache, the head reads the score rows                rankonce.model
-    finish    log-probabilities become ranking values and ranks, in the
-              request's own order
+prepare   task and request become text and token ids                 rankonce.prompts
+forward   requests are packed into passes, prefixes come from or go
+          to the cache, the head reads the score rows                rankonce.model
+finish    log-probabilities become ranking values and ranks, in the
+          request's own order
 """
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -74,13 +74,6 @@ class RawScores:
     top_ids_CN: Tensor | None = None
     computed_tokens: int = 0
     cached_tokens: int = 0
-
-
-@dataclass(kw_only=True)
-class _Progress:
-    """The rows of one request as passes bring them."""
-
-    pieces: list[RawScores] = field(default_factory=list)
 
 
 class Ranker:
@@ -172,7 +165,11 @@ class Ranker:
 
     @torch.inference_mode()
     def forward(
-        self, requests: Sequence[TokenizedRequest], *, label_mass: bool | None = None, num_top: int = 0
+        self,
+        requests: Sequence[TokenizedRequest],
+        *,
+        label_mass: bool | None = None,
+        num_top: int = 0,
     ) -> list[RawScores]:
         """Run tokenised requests through the model.
 
@@ -191,7 +188,7 @@ class Ranker:
             [index in prefixes for index in range(len(requests))],
             max_tokens_per_pass=self.config.max_tokens_per_pass,
         )
-        progress = [_Progress() for _ in requests]
+        pieces: list[list[RawScores]] = [[] for _ in requests]
         from_cache = set(prefixes)
         for number, parts in enumerate(passes):
             going_on = {part.request for later in passes[number + 1 :] for part in later}
@@ -213,10 +210,10 @@ class Ranker:
                 row += part.last - part.first
                 scores = self._read_head(rows_CD, requests[part.request], whole, num_top)
                 _count_tokens(scores, part, requests[part.request], from_cache)
-                progress[part.request].pieces.append(scores)
+                pieces[part.request].append(scores)
             for index in set(prefixes) - going_on:
                 del prefixes[index]
-        return [_join(request.pieces) for request in progress]
+        return [_join(scores) for scores in pieces]
 
     def finish(self, prepared: PreparedRequest, raw: RawScores) -> ScoreResult:
         """Turn the model's numbers into the answer, in the request's own order.
@@ -315,8 +312,8 @@ def _warnings(
     history = prepared.rendered.history
     if history.dropped:
         warnings.append(
-            f"history: {len(history.dropped)} of {history.num_events} events were dropped by policy "
-            f"{history.policy}"
+            f"history: {len(history.dropped)} of {history.num_events} events were dropped by "
+            f"policy {history.policy}"
         )
     segments = prepared.rendered.tokens.segment_ids
     by_value: Mapping[float, set[tuple[int, ...]]] = {value: set() for value in values}
@@ -327,7 +324,7 @@ def _warnings(
         warnings.append(f"scores: {collapsed} different candidates share a score with another one")
     if masses is not None and min(masses) < _LOW_LABEL_MASS:
         warnings.append(
-            f"labels: their probability in the whole vocabulary is as low as {min(masses):.2g}; the "
-            "model would rather answer something else"
+            f"labels: their probability in the whole vocabulary is as low as {min(masses):.2g}; "
+            "the model would rather answer something else"
         )
     return tuple(warnings)

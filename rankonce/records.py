@@ -22,7 +22,6 @@ from pydantic import (
 from rankonce.errors import RequestError
 
 
-
 def _plain_value(value: object) -> object:
     """Let through what a field may hold."""
     if isinstance(value, list | tuple) and all(isinstance(part, str) for part in value):
@@ -223,7 +222,9 @@ def describe_faults(faults: Sequence[Any]) -> str:
     """Put pydantic's list of faults into one line, ``field[index].name: what is wrong``."""
     lines = []
     for fault in faults:
-        path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in fault["loc"])
+        path = "".join(
+            f"[{part}]" if isinstance(part, int) else f".{part}" for part in fault["loc"]
+        )
         unknown = fault["type"] in ("extra_forbidden", "unexpected_keyword_argument")
         message = "unknown field" if unknown else fault["msg"].removeprefix("Value error, ")
         lines.append(f"{path.removeprefix('.') or 'request'}: {message}")

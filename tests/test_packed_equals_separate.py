@@ -41,7 +41,9 @@ def mean_difference(result: ScoreResult, other: ScoreResult) -> float:
 
 
 @architectures
-def test_candidates_in_one_pass_score_as_each_does_alone(load_random: Load, architecture: str) -> None:
+def test_candidates_in_one_pass_score_as_each_does_alone(
+    load_random: Load, architecture: str
+) -> None:
     ranker = ranker_of(load_random(architecture))
     request = build_request(23)
     result = ranker.score(request)
@@ -138,7 +140,9 @@ def test_bf16_packed_is_no_further_from_fp32_than_twice_bf16_alone(
     network = build_network(architecture).to(torch.bfloat16)
     low = ranker_of(prepare_model(network, tokenizer, name="bf16"))
     exact = ranker_of(
-        prepare_model(build_network(architecture).to(torch.bfloat16).float(), tokenizer, name="fp32")
+        prepare_model(
+            build_network(architecture).to(torch.bfloat16).float(), tokenizer, name="fp32"
+        )
     )
     request = build_request(40)
     expected = exact.score(request)

@@ -12,9 +12,13 @@ from typing import Annotated
 import typer
 
 from rankonce import __version__
+from rankonce.cli.demo import demo
+from rankonce.cli.evaluate import evaluate
 from rankonce.cli.explain_prompt import explain_prompt
 from rankonce.cli.score import score
+from rankonce.cli.serve import serve
 from rankonce.cli.tasks import tasks
+from rankonce.cli.train import train
 from rankonce.errors import RankOnceError
 
 app = typer.Typer(
@@ -24,9 +28,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command()(score)
-app.command()(explain_prompt)
-app.command()(tasks)
+for command in (demo, score, explain_prompt, tasks, serve, train, evaluate):
+    app.command()(command)
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,4 +1,4 @@
-"""``rankonce demo``: the embedded ranker ranks a hundred films for two members of opposite taste."""
+"""``rankonce demo``: a hundred films, ranked for two members of opposite taste."""
 
 import math
 import time
@@ -58,7 +58,10 @@ def demo(
             f"{separate_ms / packed_ms:.1f}×",
         )
     console.print(table)
-    worst = max(_difference(ranker, request, result) for request, result in zip(requests, results, strict=True))
+    worst = max(
+        _difference(ranker, request, result)
+        for request, result in zip(requests, results, strict=True)
+    )
     console.print(f"Largest difference between a film's two log-probabilities: {worst:.1e}")
 
 

@@ -15,6 +15,7 @@ from rankonce.cli.options import (
     load_ranker,
 )
 
+
 def evaluate(
     train: Annotated[
         Path,

@@ -65,6 +65,8 @@ def serve(
         trust_remote_code=trust_remote_code,
         chat=chat,
     )
+    # From here on a client that comes waits until it is answered.
+    listener.listen()
     shown = f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{listener.getsockname()[1]}"
     typer.echo(

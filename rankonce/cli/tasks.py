@@ -36,7 +36,7 @@ def tasks(
 
     if check is not None:
         task = load_task(check)
-        typer.echo(f"{check}: task {task.name} (version {task.version}) is well formed")
+        typer.echo(f"{check}: task {task.name}, version {task.version}, is valid")
         return
     known = {**library_tasks(), **{task.name: task for task in map(load_task, task_file or ())}}
     if name is None:

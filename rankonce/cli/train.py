@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -40,7 +40,9 @@ def train(
         int | None,
         typer.Option(min=1, help="Bounds the memory of a pass.", show_default="the recipe's"),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of everything.", show_default="the recipe's")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of everything.", show_default="the recipe's")
+    ] = None,
     task_file: TaskFileOption = None,
 ) -> None:
     """Fine-tune a ranker at its score rows, many candidates of a member in one sequence.
@@ -54,16 +56,14 @@ def train(
     if recipe not in RECIPES:
         raise TrainingError(f"recipe: should be one of {', '.join(RECIPES)}, is {recipe!r}")
     chosen = RECIPES[recipe]()
-    given = {
+    given: dict[str, Any] = {
         "epochs": epochs,
         "learning_rate": learning_rate,
         "max_tokens_per_pass": max_tokens_per_pass,
         "seed": seed,
     }
     changes = {name: value for name, value in given.items() if value is not None}
-    chosen = replace(
-        chosen, config=replace(chosen.config, **changes), size=size or chosen.size
-    )
+    chosen = replace(chosen, config=replace(chosen.config, **changes), size=size or chosen.size)
     tasks = [load_task(path) for path in task_file or ()]
     run_recipe(chosen, data, out, model=model, tasks=tasks)
     typer.echo(f"model: {out}", err=True)

@@ -3,10 +3,10 @@
     ratings   user_id, item_id, rating (0.5-5), timestamp (s)
     items     item_id, title, genres
 
-A rating of 4 and more is a like, 3 and less a dislike; 3.5 says neither and is left out. What people
-rate low they had chosen to watch all the same: to learn taste a ranker must also see films that the
-member never watched. These are drawn as often as others had liked them by then, so that neither
-popularity nor the year can tell them apart.
+A rating of 4 and more is a like, 3 and less a dislike; 3.5 says neither and is left out. What
+people rate low they had chosen to watch all the same: to learn taste a ranker must also see films
+that the member never watched. These are drawn as often as others had liked them by then, so that
+neither popularity nor the year can tell them apart.
 """
 
 from collections import defaultdict
@@ -43,7 +43,9 @@ def read_ml_small(folder: Path) -> tuple[pl.DataFrame, pl.DataFrame]:
     return add_histories(rows, rows), items
 
 
-def split_each_member(rows: pl.DataFrame, *, held_out_share: float) -> tuple[pl.DataFrame, pl.DataFrame]:
+def split_each_member(
+    rows: pl.DataFrame, *, held_out_share: float
+) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Cut every member's rows by time: the last ``held_out_share`` of them are held out."""
     place = pl.int_range(pl.len()).over("user_id")
     is_early = place < (pl.len().over("user_id") * (1 - held_out_share)).floor()

@@ -77,7 +77,7 @@ def evaluate_movies(
     for baseline, score in BASELINES.items():
         by_name[baseline] = score(train, items, data)
     members = read_whole_numbers(data, "user_id")
-    lengths = np.array([len(history) for history in movies.histories])
+    lengths = data["history_ids"].list.len().fill_null(0).to_numpy()
     return Evaluation(
         rows=[_measure(key, labels, p, members, num_resamples) for key, p in by_name.items()],
         cold=[_measure_cold(key, labels, p, lengths) for key, p in by_name.items()],

@@ -1,1 +1,1 @@
-"""A transformers model that reads packed passes: loading, packing, attention, head, prefix cache."""
+"""A transformers model that reads packed passes."""

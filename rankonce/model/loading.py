@@ -65,7 +65,8 @@ def load_model(
         ModelError: says what is wrong with the checkpoint.
     """
     source = str(name)
-    if Path(source).exists() and not (Path(source) / "config.json").is_file():
+    is_path = Path(source).exists() or source.startswith((".", "/", "~")) or source.count("/") > 1
+    if is_path and not (Path(source) / "config.json").is_file():
         raise ModelError(f"model: {source} has no config.json; should be a Hugging Face checkpoint")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     precision = precision or ("fp32" if device == "cpu" else "bf16")
@@ -75,7 +76,7 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         _check_decoder_only(source, config)
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        tokenizer = _load_tokenizer(source, trust_remote_code)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             output_loading_info=True,
@@ -158,6 +159,10 @@ def check_packable(network: Any, head: Head) -> set[int]:
         )
     packed = _logits(head, hidden_CD)
     expected = torch.stack(separate).float()
+    if not expected.isfinite().all():
+        raise ModelError(
+            f"{name}: gives NaN or infinity; its weights or its precision are at fault"
+        )
     worst = float((packed - expected).abs().max() / expected.abs().max().clamp(min=1.0))
     if not worst <= _TOLERANCE.get(head.weight_VD.dtype, 1e-4):
         raise ModelError(
@@ -180,6 +185,15 @@ def _logits(head: Head, hidden_CD: Tensor) -> Tensor:
     return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
 
+def _load_tokenizer(source: str, trust_remote_code: bool) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
+        raise ModelError(
+            f"tokenizer: {source} has none that can be loaded: {_first_line(error)}"
+        ) from error
+
+
 def _check_device(device: str) -> None:
     try:
         torch.zeros(1, device=device)
@@ -196,12 +210,11 @@ def _check_decoder_only(source: str, config: Any) -> None:
     )
     if not decoder_only:
         raise ModelError(
-            f"model: {source} is {', '.join(classes) or config.model_type}; should be a decoder-only "
-            "language model (…ForCausalLM)"
+            f"model: {source} is {', '.join(classes) or config.model_type}; should be a "
+            "decoder-only language model (…ForCausalLM)"
         )
 
 
 def _first_line(error: BaseException) -> str:
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
-

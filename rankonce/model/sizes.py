@@ -1,7 +1,7 @@
 """A ladder of model sizes with one vocabulary, for training from scratch and distillation.
 
-All rungs are Qwen3 models (normalised queries and keys train well at high learning rates) with tied
-embeddings, and share one tokenizer and one padded vocabulary, so that any of them can teach another.
+All rungs are Qwen3 models (normalised queries and keys train well at high learning rates) with
+tied embeddings, and share one tokenizer and one padded vocabulary, so that any can teach another.
 """
 
 from dataclasses import dataclass

@@ -31,7 +31,6 @@ class TextEncoder:
         chat: whether the chat template is used.
         head, middle, tail: frame before the instruction, between it and the rest of the prefix,
             and after a segment, up to the answer.
-        head_ids: token ids that stand before the instruction.
         label_lead: what stands between the answer slot and a label.
     """
 
@@ -52,38 +51,30 @@ class TextEncoder:
         plain["post_processor"] = None
         plain["truncation"] = plain["padding"] = None
         self._plain = Tokenizer.from_str(json.dumps(plain))
-        self.head, self.middle, self.tail = (
-            _chat_frame(tokenizer) if self.chat else ("", "", "")
-        )
+        self.head, self.middle, self.tail = _chat_frame(tokenizer) if self.chat else ("", "", "")
         self.label_lead = "" if self.chat else " "
-        self.head_ids = tuple(self._frame_ids(self.head))
-        if not self.chat:
-            first = tokenizer("a").input_ids[0]
-            if first == tokenizer.bos_token_id:
-                self.head_ids = (first,)
-                self.head = tokenizer.bos_token
-        self._tail_ids = tuple(self._frame_ids(self.tail))
-        self._middle_ids = tuple(self._frame_ids(self.middle))
+        self._head_ids: tuple[int, ...] = ()
+        if not self.chat and tokenizer("a").input_ids[0] == tokenizer.bos_token_id:
+            self.head, self._head_ids = tokenizer.bos_token, (tokenizer.bos_token_id,)
         self._line_ids = self._plain.encode("\n", add_special_tokens=False).ids
+        self._opens_afresh = self._text_opens_afresh()
+        # What stands before the tail's first special token is encoded together with a segment.
+        (self._tail_start, *runs), special_ids = self._split([(self.tail, True)])
+        self._tail_ids = self._join(special_ids, runs)
 
     def encode_prefix(self, instruction: str, body: str) -> tuple[int, ...]:
         """Encode the prefix of a request: the frame's head, the instruction and the rest."""
-        if not self.chat or not self.middle:
-            return (*self.head_ids, *self._encode_all([f"{instruction}\n{body}"])[0])
-        first, rest = self._encode_all([instruction, body])
-        return (*self.head_ids, *first, *self._middle_ids, *rest)
+        if not self.chat:
+            return (*self._head_ids, *self._encode_all([f"{instruction}\n{body}"])[0])
+        between = (self.middle, True) if self.middle else ("\n", False)
+        return self._encode_pieces(
+            [(self.head, True), (instruction, False), between, (body, False)]
+        )
 
     def encode_segments(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
         """Encode segments as they stand after the prefix's last line, with the frame's tail."""
-        count = len(self._line_ids)
-        segments = []
-        for ids in self._encode_all([f"\n{text}" for text in texts]):
-            # A segment begins a line of its own: encoding it behind a line break and taking that
-            # off again gives the ids that it has in the whole text.
-            if list(ids[:count]) != self._line_ids:
-                raise ModelError("tokenizer: joins a line break with the word after it")
-            segments.append((*ids[count:], *self._tail_ids))
-        return segments
+        encoded = self._encode_behind_line([text + self._tail_start for text in texts])
+        return [(*ids, *self._tail_ids) for ids in encoded]
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Count the tokens of texts that stand on lines of their own."""
@@ -116,9 +107,42 @@ class TextEncoder:
         """
         if not self._tokenizer.chat_template:
             raise RequestError("messages: the model has no chat template")
-        # Text between special tokens is encoded in one piece, whether template or content.
+        return self._encode_pieces(_chat_pieces(self._tokenizer, turns))
+
+    def whole_text_ids(self, text: str) -> list[int]:
+        """Encode a rendered prompt in one go, special tokens recognised: for comparison only."""
+        return [
+            *self._head_ids,
+            *self._frame_ids(text.removeprefix("" if self.chat else self.head)),
+        ]
+
+    def token(self, token_id: int) -> str:
+        """Return the text of one token, for people."""
+        return str(self._framing.decode([token_id], skip_special_tokens=False))
+
+    def _text_opens_afresh(self) -> bool:
+        """Whether text after a special token is encoded as text at the beginning is."""
+        for token in self._tokenizer.added_tokens_decoder.values():
+            if not (token.normalized or token.rstrip):
+                behind = self._frame_ids(f"{token.content}a")[1:]
+                return behind == self._plain.encode("a", add_special_tokens=False).ids
+        return True
+
+    def _encode_pieces(self, pieces: Sequence[tuple[str, bool]]) -> tuple[int, ...]:
+        runs, special_ids = self._split(pieces)
+        return (*self._encode_all(runs[:1])[0], *self._join(special_ids, runs[1:]))
+
+    def _split(self, pieces: Sequence[tuple[str, bool]]) -> tuple[list[str], list[int]]:
+        """Cut text at the special tokens of its frame.
+
+        Text between special tokens is encoded in one piece, whether frame or content: only then are
+        its ids those of the whole text.
+
+        Args:
+            pieces: text and whether it belongs to the frame.
+        """
         runs, special_ids = [""], []
-        for text, is_frame in _chat_pieces(self._tokenizer, turns):
+        for text, is_frame in pieces:
             done = 0
             if is_frame:
                 encoding = self._framing.encode(text, add_special_tokens=False)
@@ -129,17 +153,23 @@ class TextEncoder:
                         special_ids.append(token_id)
                         done = end
             runs[-1] += text[done:]
-        first, *others = self._encode_all(runs)
-        pairs = zip(special_ids, others, strict=True)
-        return (*first, *(i for special_id, ids in pairs for i in (special_id, *ids)))
+        return runs, special_ids
 
-    def whole_text_ids(self, text: str) -> list[int]:
-        """Encode a rendered prompt in one go, special tokens recognised: for comparison only."""
-        return self._frame_ids(text)
+    def _join(self, special_ids: Sequence[int], runs: Sequence[str]) -> tuple[int, ...]:
+        """Encode special tokens, each with the run of text that follows it."""
+        encode = self._encode_all if self._opens_afresh else self._encode_behind_line
+        pairs = zip(special_ids, encode(runs), strict=True)
+        return tuple(i for special_id, ids in pairs for i in (special_id, *ids))
 
-    def token(self, token_id: int) -> str:
-        """Return the text of one token, for people."""
-        return str(self._framing.decode([token_id], skip_special_tokens=False))
+    def _encode_behind_line(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
+        """Encode texts as they stand within a longer one."""
+        # Encoding a text behind a line break and taking that off again gives the ids that it has
+        # there: a tokenizer may put a space before a text's first word.
+        count = len(self._line_ids)
+        encoded = self._encode_all([f"\n{text}" for text in texts])
+        if any(list(ids[:count]) != self._line_ids for ids in encoded):
+            raise ModelError("tokenizer: joins a line break with the word after it")
+        return [ids[count:] for ids in encoded]
 
     def _encode_all(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
         encoded = self._plain.encode_batch(list(texts), add_special_tokens=False)

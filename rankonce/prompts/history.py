@@ -74,10 +74,9 @@ def choose_events(
         Indices into ``events``, oldest first, and the report of what was dropped.
     """
     picked = POLICIES[spec.policy](events, candidates)[: spec.max_events]
-    dropped = {
-        index: f"not among the {spec.max_events} events of policy {spec.policy}"
-        for index in set(range(len(events))) - set(picked)
-    }
+    left_out = set(range(len(events))) - set(picked)
+    reason = f"not among the {spec.max_events} events of policy {spec.policy}"
+    dropped = dict.fromkeys(left_out, reason)
     kept: list[int] = []
     used = 0
     newest_first = sorted(picked, key=lambda index: (events[index].time, index), reverse=True)

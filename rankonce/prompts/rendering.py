@@ -1,7 +1,7 @@
 """A request and its task become text, and the text becomes token ids.
 
-    prefix    instruction · profile · history · question      read once
-    segment   candidate · answer slot                         once a candidate
+prefix    instruction · profile · history · question      read once
+segment   candidate · answer slot                         once a candidate
 """
 
 from collections.abc import Mapping, Sequence
@@ -82,23 +82,25 @@ class Renderer:
                 f"{len(bare) + longest} tokens without any history, the model takes "
                 f"{self.max_prompt_tokens}"
             )
-        body = _body(task, request, [])
+        body, prefix_ids = _body(task, request, []), bare
         report = HistoryReport(policy="none", num_events=0, num_kept=0)
         if task.history is not None:
-            kept, report = choose_events(
-                request.history,
-                request.candidates,
-                self.encoder.count_tokens(events),
-                task.history,
-                max_tokens=min(task.history.max_tokens, room),
-            )
-            body = _body(task, request, [events[index] for index in kept])
-        prefix_ids = self.encoder.encode_prefix(task.instruction, body)
-        if len(prefix_ids) + longest > self.max_prompt_tokens:
-            raise PromptTooLongError(
-                f"history: the prompt has {len(prefix_ids) + longest} tokens, the model takes "
-                f"{self.max_prompt_tokens}"
-            )
+            event_tokens = self.encoder.count_tokens(events)
+            budget = min(task.history.max_tokens, room)
+            excess = 1
+            while excess > 0:
+                kept, report = choose_events(
+                    request.history,
+                    request.candidates,
+                    event_tokens,
+                    task.history,
+                    max_tokens=budget,
+                )
+                body = _body(task, request, [events[index] for index in kept])
+                prefix_ids = self.encoder.encode_prefix(task.instruction, body)
+                # The heading may be longer than the line that stands for an empty history.
+                excess = len(prefix_ids) + longest - self.max_prompt_tokens
+                budget = max(0, budget - excess)
         return RenderedRequest(
             prefix=self._frame(task.instruction, body),
             segments=tuple(segment + self.encoder.tail for segment in segments),
@@ -158,7 +160,9 @@ def _write_events(task: Task, request: ScoreRequest) -> list[str]:
 
 def _age(task: Task, request: ScoreRequest, event: Event) -> str:
     if request.time is None:
-        raise RequestError(f"time: task {task.name!r} says how long ago events were, so it needs a time")
+        raise RequestError(
+            f"time: task {task.name!r} says how long ago events were, so it needs a time"
+        )
     return spell_age(request.time - event.time)
 
 
@@ -180,5 +184,7 @@ def _write_lines(
         elif spec.required:
             raise RequestError(f"{path}.{name}: is required and missing")
     return [
-        line.format_map(words) for line in part.lines if all(name in words for name in field_names(line))
+        line.format_map(words)
+        for line in part.lines
+        if all(name in words for name in field_names(line))
     ]

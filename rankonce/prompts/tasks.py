@@ -40,6 +40,7 @@ class Lines(_Strict):
     @model_validator(mode="after")
     def _check_lines(self) -> "Lines":
         for line in self.lines:
+            _check_braces(line)
             for name in field_names(line):
                 if name not in self.fields and name not in type(self).known_names():
                     raise ValueError(f"line {line!r} names {name!r}, which is not under fields")
@@ -166,6 +167,16 @@ class Task(_Strict):
 def field_names(line: str) -> list[str]:
     """Return the names between braces in a line."""
     return [name for _, name, _, _ in string.Formatter().parse(line) if name is not None]
+
+
+def _check_braces(line: str) -> None:
+    try:
+        parts = list(string.Formatter().parse(line))
+    except ValueError as error:
+        raise ValueError(f"line {line!r}: {error}; a brace itself is written twice") from error
+    for _, name, format_spec, conversion in parts:
+        if format_spec or conversion:
+            raise ValueError(f"line {line!r}: should name the field alone, as {{{name}}}")
 
 
 def load_task(path: Path) -> Task:

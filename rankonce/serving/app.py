@@ -122,7 +122,17 @@ def open_listener(config: ServerConfig) -> socket.socket:
         OSError: it is taken, or the host is not one of this machine's.
     """
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    return socket.create_server((config.host, config.port), family=family)
+    # With the protocol named, asyncio sends small answers at once: Nagle's algorithm would hold
+    # each of them for 40 ms.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((config.host, config.port))
+    except OSError as error:
+        listener.close()
+        place = f"{config.host}, port {config.port}"
+        raise OSError(error.errno, f"{place}: {error.strerror}") from error
+    return listener
 
 
 def run_server(ranker: Ranker, config: ServerConfig, listener: socket.socket) -> None:

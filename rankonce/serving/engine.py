@@ -139,17 +139,9 @@ class Engine:
     async def complete(self, body: CompletionBody) -> CompletionAnswer:
         """Answer in the form of OpenAI's completions."""
         self._check_question(body.model, len(body.prompt), "prompt")
-        num_top = body.logprobs or 0
-        tokens, usage = await self._read(body.prompt, "prompt", body, num_top=max(1, num_top))
-        wanted = body.logprobs is not None or body.has_labels
-        choices = [
-            CompletionChoice(
-                index=index,
-                text=self._reader.token_text(token.top[0][0]),
-                logprobs=write_completion(token, num_top, self._reader) if wanted else None,
-            )
-            for index, token in enumerate(tokens)
-        ]
+        num_top = max(1, body.logprobs or 0)
+        tokens, usage = await self._read(body.prompt, "prompt", body, num_top=num_top)
+        choices = await self._batcher.run_text(self._write_choices, tokens, body)
         return CompletionAnswer(
             model=self.model_name, choices=choices, usage=_with_answers(usage, len(choices))
         )
@@ -180,6 +172,20 @@ class Engine:
         prepared = await self._batcher.run_text(self.ranker.prepare, request)
         (raw,) = await self._batcher.forward([prepared.rendered.tokens], label_mass=True)
         return await self._batcher.run_text(self.ranker.finish, prepared, raw)
+
+    def _write_choices(
+        self, tokens: Sequence[NextToken], body: CompletionBody
+    ) -> list[CompletionChoice]:
+        wanted = body.logprobs is not None or body.has_labels
+        num_top = body.logprobs or 0
+        return [
+            CompletionChoice(
+                index=index,
+                text=self._reader.token_text(token.top[0][0]),
+                logprobs=write_completion(token, num_top, self._reader) if wanted else None,
+            )
+            for index, token in enumerate(tokens)
+        ]
 
     async def _read(
         self,

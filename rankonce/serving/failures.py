@@ -75,14 +75,20 @@ class BoundedRequest(Request):
 
 
 class JsonRoute(APIRoute):
-    """A route that reads its body as ``BoundedRequest`` does."""
+    """A route that reads its body as ``BoundedRequest`` does, and survives a crash of its own."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Wrap the handler that FastAPI builds."""
         handle = super().get_route_handler()
 
         async def handle_bounded(request: Request) -> Response:
-            return await handle(BoundedRequest(request.scope, request.receive))
+            try:
+                return await handle(BoundedRequest(request.scope, request.receive))
+            except (HTTPException, RequestValidationError, RankOnceError):
+                raise
+            except Exception:  # a bug; it should cost neither the connection nor a secret
+                logger.exception("%s %s crashed", request.method, request.url.path)
+                return _answer(500, "the server failed; its log says why")
 
         return handle_bounded
 
@@ -148,16 +154,10 @@ async def _on_house_error(request: Request, error: Exception) -> Response:
     return _answer(500, str(error), code=code)
 
 
-async def _on_crash(request: Request, error: Exception) -> Response:
-    # The server logs the traceback itself.
-    return _answer(500, "the server failed; its log says why")
-
-
 _HANDLERS: dict[type[Exception], Callable[[Request, Exception], Awaitable[Response]]] = {
     HTTPException: _on_http,
     RequestValidationError: _on_validation,
     RequestError: _on_bad_request,
     TaskError: _on_bad_request,
     RankOnceError: _on_house_error,
-    Exception: _on_crash,
 }

@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, PlainValidator, StrictInt
 
 # Scores of one question are prompts times labels.
 _MAX_LABELS = 1000
+NOT_ONE_TOKEN = "should be 1: the next token's probabilities are read, nothing is generated"
 
 
 def only(*allowed: Any, why: str) -> BeforeValidator:
@@ -27,6 +28,13 @@ def only(*allowed: Any, why: str) -> BeforeValidator:
         raise ValueError(f"should be {right}left out: {why}")
 
     return BeforeValidator(check)
+
+
+def check_one_token(value: Any) -> Any:
+    """Refuse every number of tokens but 1; null passes."""
+    if value is None or (type(value) is int and value == 1):
+        return value
+    raise ValueError(NOT_ONE_TOKEN)
 
 
 def read_prompts(value: Any) -> list[str] | list[tuple[int, ...]]:
@@ -99,8 +107,11 @@ LabelWords = Annotated[list[str], Field(min_length=1, max_length=_MAX_LABELS)]
 LabelIds = Annotated[list[StrictInt], Field(min_length=1, max_length=_MAX_LABELS)]
 Ignored = Annotated[Any, Field(description="Taken and ignored: it cannot change this answer.")]
 
-_ONE = "the server reads the next token's probabilities and generates nothing"
-OneToken = Annotated[int | None, only(1, why=_ONE), Field(description=f"1: {_ONE}.")]
+OneToken = Annotated[
+    int | None,
+    BeforeValidator(check_one_token),
+    Field(description="1: the next token's probabilities are read, nothing is generated."),
+]
 OneChoice = Annotated[int | None, only(1, why="a prompt has one most probable next token")]
 NoStream = Annotated[bool | None, only(False, why="the answer is one token")]
 NoBias = Annotated[

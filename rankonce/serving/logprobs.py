@@ -60,12 +60,14 @@ def write_completion(token: NextToken, num_top: int, reader: PromptReader) -> Co
     Every label stands there under its own text, so two tokens with one text never share an entry:
     the second goes by its id.
     """
+    # The token of the choice is always listed, as OpenAI does.
+    num_top = max(1, num_top)
     names: dict[str, int] = {}
-    for token_id, _ in [*token.labels, *token.top[: max(1, num_top)]]:
+    for token_id, _ in [*token.labels, *token.top[:num_top]]:
         name = reader.token_name(token_id)
         if names.setdefault(name, token_id) != token_id:
             names[f"token_id:{token_id}"] = token_id
-    name_of = {token_id: name for name, token_id in reversed(names.items())}
+    name_of = {token_id: name for name, token_id in names.items()}
     best_id, best_logprob = token.top[0]
     return CompletionLogprobs(
         tokens=[name_of[best_id]],

@@ -22,6 +22,7 @@ from pydantic import (
 
 from rankonce.records import Item, ScoreRequest
 from rankonce.serving.fields import (
+    NOT_ONE_TOKEN,
     Content,
     Ignored,
     Items,
@@ -196,7 +197,7 @@ class CompletionBody(WithLabels):
     def _is_given(cls, value: int | None) -> int:
         # OpenAI's default is 16.
         if value is None:
-            raise ValueError("should be 1: the server reads the next token's probabilities only")
+            raise ValueError(NOT_ONE_TOKEN)
         return value
 
 
@@ -269,7 +270,7 @@ class ChatBody(WithLabels):
     def _is_given(cls, value: int | None, info: ValidationInfo) -> int | None:
         # A fault in the other field is reported there.
         if value is None and info.data.get("max_completion_tokens", 1) is None:
-            raise ValueError("should be 1: the server reads the next token's probabilities only")
+            raise ValueError(NOT_ONE_TOKEN)
         return value
 
     @model_validator(mode="after")

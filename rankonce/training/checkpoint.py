@@ -1,9 +1,9 @@
 """Checkpoints in Hugging Face form, with what a run needs to go on with the same bits.
 
-    OUT/                     the finished model: config, safetensors, tokenizer
-    OUT/run.json             recipe, configuration, fingerprints of the data, commit, versions
-    OUT/metrics.jsonl        one line a step
-    OUT/checkpoints/STEP/    a model as above, and state/ with optimiser and random numbers
+OUT/                     the finished model: config, safetensors, tokenizer
+OUT/run.json             recipe, configuration, fingerprints of the data, commit, versions
+OUT/metrics.jsonl        one line a step
+OUT/checkpoints/STEP/    a model as above, and state/ with optimiser and random numbers
 """
 
 import json
@@ -22,7 +22,9 @@ from rankonce.errors import TrainingError
 _NUM_KEPT = 2
 
 
-def save_checkpoint(out: Path, step: int, *, accelerator: Any, network: Any, tokenizer: Any) -> None:
+def save_checkpoint(
+    out: Path, step: int, *, accelerator: Any, network: Any, tokenizer: Any
+) -> None:
     """Write a checkpoint aside and move it into place, so that a torn one is never found."""
     folder = out / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)

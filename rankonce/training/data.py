@@ -81,7 +81,9 @@ def _read_example(data: Any, number: int) -> TrainingExample:
     member = data.pop("member", None)
     request = read_request(data)
     if not isinstance(labels, list) or len(labels) != len(request.candidates):
-        raise DataError(f"labels: should hold one label for each of {len(request.candidates)} candidates")
+        raise DataError(
+            f"labels: should hold one label for each of {len(request.candidates)} candidates"
+        )
     return TrainingExample(
         request=request, labels=tuple(labels), member=str(member or request.id or number)
     )
@@ -97,7 +99,8 @@ def tokenize_examples(
     """
     for example in examples:
         task = find_task(example.request.task, tasks)
-        index = {None: _UNKNOWN, **{name: place for place, name in enumerate(task.label_names)}}
+        index: dict[str | None, int] = {name: i for i, name in enumerate(task.label_names)}
+        index[None] = _UNKNOWN
         for label in example.labels:
             if label not in index:
                 raise TaskError(

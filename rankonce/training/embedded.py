@@ -60,16 +60,14 @@ def demo_requests(data: Path) -> list[ScoreRequest]:
     ratings, items = read_ml_small(data)
     counts = ratings.group_by("item_id").agg(pl.len(), likes=pl.col("label").sum())
     popular = (
-        counts.join(items, on="item_id").sort("len", "item_id", descending=True).filter(
-            pl.col("genres").str.contains(r"^\w")
-        )
+        counts.join(items, on="item_id")
+        .sort("len", "item_id", descending=True)
+        .filter(pl.col("genres").str.contains(r"^\w"))
     )
     now = int(ratings["timestamp"].max()) + 1  # type: ignore[arg-type]
     own = {
         name: [
-            (_find(popular, title), action)
-            for action, titles in taste.items()
-            for title in titles
+            (_find(popular, title), action) for action, titles in taste.items() for title in titles
         ]
         for name, taste in _MEMBERS.items()
     }
@@ -84,14 +82,23 @@ def demo_requests(data: Path) -> list[ScoreRequest]:
                 "item_id": [film for film, _ in events],
                 "label": [int(action == "liked") for _, action in events],
                 # A film a day, the likes and dislikes mixed.
-                "timestamp": [now - 86_400 * (1 + place * 7 % len(events)) for place in range(len(events))],
+                "timestamp": [
+                    now - 86_400 * (1 + place * 7 % len(events)) for place in range(len(events))
+                ],
             },
             schema={key: ratings.schema[key] for key in ratings.columns[:4]},
         )
         known = pl.concat([ratings.select(mine.columns), mine])
         asked = pl.DataFrame(
-            {"user_id": [user] * len(films), "item_id": films, "timestamp": [now] * len(films), "label": [0] * len(films)},
-            schema={key: ratings.schema[key] for key in ("user_id", "item_id", "timestamp", "label")},
+            {
+                "user_id": [user] * len(films),
+                "item_id": films,
+                "timestamp": [now] * len(films),
+                "label": [0] * len(films),
+            },
+            schema={
+                key: ratings.schema[key] for key in ("user_id", "item_id", "timestamp", "label")
+            },
         )
         movies = movie_rows(add_histories(asked, known), items, train=add_histories(known, known))
         (example,) = movie_examples(movies, candidates_per_example=len(films), shared_history=True)

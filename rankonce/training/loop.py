@@ -5,12 +5,13 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import nll_loss
+from torch.nn.functional import dropout, nll_loss
 
 from rankonce.errors import MissingDependencyError, NumericsError, TrainingError
 from rankonce.model.head import head_of
@@ -45,9 +46,10 @@ class TrainConfig:
         epochs: passes over the examples.
         labels_per_step: labels of one optimiser step, gathered over as many passes as it takes.
         max_tokens_per_pass: tokens of one forward and backward pass; bounds the memory.
-        learning_rate: the peak, reached after ``warmup_share`` of the steps; falls to
+        learning_rate: the peak, reached after ``warmup_share`` of the run; falls to
             ``final_share`` of it along a cosine.
         weight_decay: of AdamW, on matrices only.
+        dropout: share of every attention's and MLP's output set to 0 while training.
         max_gradient_norm: gradients are scaled down to it.
         seed: of the order of examples and the random numbers of training.
         steps_per_checkpoint: how much is lost at most when a run is killed.
@@ -60,6 +62,7 @@ class TrainConfig:
     warmup_share: float = 0.05
     final_share: float = 0.05
     weight_decay: float = 0.1
+    dropout: float = 0.0
     max_gradient_norm: float = 1.0
     seed: int = 0
     steps_per_checkpoint: int = 100
@@ -112,14 +115,13 @@ def train(
     except ImportError as error:
         raise MissingDependencyError(error.name or "accelerate", extra="train") from error
 
-    write_run_record(
-        out, {"config": asdict(config), "data": data.fingerprint, **(record or {})}
-    )
+    write_run_record(out, {"config": asdict(config), "data": data.fingerprint, **(record or {})})
     accelerator = Accelerator()
     if accelerator.num_processes > 1:
         raise TrainingError("processes: one process only; several would train on the same rows")
     set_seed(config.seed)
     use_segment_attention(network)
+    add_dropout(network, config.dropout)
     network.train()
     optimizer = torch.optim.AdamW(
         _parameter_groups(network, config.weight_decay), lr=config.learning_rate, betas=(0.9, 0.95)
@@ -133,7 +135,6 @@ def train(
         done, folder = newest
         accelerator.load_state(str(folder / "state"))
     cut_metrics(out, done)
-    num_steps = None
     step = 0
     with _Reporter(out, SummaryWriter(str(out / "tensorboard"), purge_step=done + 1)) as reporter:
         for epoch in range(config.epochs):
@@ -141,16 +142,16 @@ def train(
             steps = shuffle_into_steps(
                 examples, labels_per_step=config.labels_per_step, seed=config.seed + epoch
             )
-            # Epochs are cut alike; the schedule counts on the first one's number of steps.
-            num_steps = num_steps or len(steps) * config.epochs
             reporter.start(f"epoch {epoch + 1}/{config.epochs}", len(steps))
-            for step_examples in steps:
+            for place, step_examples in enumerate(steps, start=1):
                 step += 1
                 reporter.advance()
                 if step <= done:
                     continue
+                # By the part of the run, since epochs may differ in length.
+                rate = learning_rate((epoch + place / len(steps)) / config.epochs, config)
                 for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(step, num_steps, config)
+                    group["lr"] = rate
                 started = time.perf_counter()
                 loss, norm = _optimize(accelerator, network, optimizer, step_examples, config)
                 reporter.write(
@@ -158,7 +159,7 @@ def train(
                     epoch=epoch,
                     loss=loss,
                     gradient_norm=norm,
-                    learning_rate=learning_rate(step, num_steps, config),
+                    learning_rate=rate,
                     labels=sum(example.num_labels for example in step_examples),
                     tokens_per_s=sum(example.num_tokens for example in step_examples)
                     / (time.perf_counter() - started),
@@ -174,13 +175,38 @@ def train(
     save_model(out, accelerator.unwrap_model(network), tokenizer)
 
 
-def learning_rate(step: int, num_steps: int, config: TrainConfig) -> float:
-    """Linear warm-up to the peak, then a cosine down to ``final_share`` of it; steps from 1."""
-    warmup = max(1, round(num_steps * config.warmup_share))
-    if step <= warmup:
-        return config.learning_rate * step / warmup
-    progress = min(1.0, (step - warmup) / max(1, num_steps - warmup))
-    cosine = (1 + math.cos(math.pi * progress)) / 2
+def add_dropout(network: Any, share: float) -> None:
+    """Drop parts of what every layer adds to the hidden states, while the model is in training.
+
+    Raises:
+        TrainingError: the architecture's layers have no ``self_attn`` and ``mlp``.
+    """
+    if not share:
+        return
+    for layer in network.base_model.layers:
+        for name in ("self_attn", "mlp"):
+            if not hasattr(layer, name):
+                raise TrainingError(f"dropout: {type(layer).__name__} has no {name}; leave it at 0")
+            getattr(layer, name).register_forward_hook(partial(_drop, share=share))
+
+
+def _drop(module: torch.nn.Module, _: Any, output: Any, *, share: float) -> Any:
+    if isinstance(output, tuple):
+        return (dropout(output[0], share, module.training), *output[1:])
+    return dropout(output, share, module.training)
+
+
+def learning_rate(progress: float, config: TrainConfig) -> float:
+    """Linear warm-up to the peak, then a cosine down to ``final_share`` of it.
+
+    Args:
+        progress: part of the run that is done after this step, in 0..1.
+    """
+    if progress < config.warmup_share:
+        return config.learning_rate * progress / config.warmup_share
+    cosine = (
+        1 + math.cos(math.pi * (progress - config.warmup_share) / (1 - config.warmup_share))
+    ) / 2
     return config.learning_rate * (config.final_share + (1 - config.final_share) * cosine)
 
 
@@ -223,7 +249,9 @@ def _optimize(
     for part in split_by_tokens(examples, max_tokens_per_pass=config.max_tokens_per_pass):
         loss = label_loss(network, pack_examples(part, accelerator.device)) / max(1, num_labels)
         if not torch.isfinite(loss):
-            raise NumericsError(f"loss: is {float(loss)}; lower the learning rate or look at the data")
+            raise NumericsError(
+                f"loss: is {float(loss)}; lower the learning rate or look at the data"
+            )
         accelerator.backward(loss)
         total += float(loss.detach())
     norm = accelerator.clip_grad_norm_(network.parameters(), config.max_gradient_norm)
@@ -294,4 +322,3 @@ class _Reporter:
             self._progress.update(self._task, loss=f"{metrics['loss']:.4f}")
         if "valid_loss" in metrics:
             self._console.print(f"step {step}: valid loss {metrics['valid_loss']:.4f}")
-

@@ -114,7 +114,11 @@ def run_recipe(
         out,
         tasks=known,
         config=recipe.config,
-        record={"recipe": recipe.name, "size": recipe.size if model is None else None, "model": model},
+        record={
+            "recipe": recipe.name,
+            "size": recipe.size if model is None else None,
+            "model": model,
+        },
     )
 
 
@@ -124,16 +128,16 @@ def _load_ml1m(folder: Path, config: TrainConfig) -> TrainingData:
     moments = np.sort(train_rows["timestamp"].to_numpy())
 
     def epoch(number: int) -> Iterable[TrainingExample]:
-        # A ranker is trained on a past whose statistics stand still and serves what comes after.
-        # Every epoch plays that with another day as the present: what follows it is described by
-        # what came before, what precedes it by its own past.
+        # A ranker serves what comes after the statistics that it is told were counted. Every epoch
+        # plays that with another day as the present: the rows after it, as seen from it. Rows
+        # described by statistics of their own day would teach it to trust what it never gets.
         seed = 1000 * config.seed + number
         share = np.random.default_rng(seed).uniform(*_PRESENT_SHARE)
         present = moments[int(share * len(moments))]
         before = train_rows.filter(pl.col("timestamp") < present)
         after = train_rows.filter(pl.col("timestamp") >= present)
-        for movies in (movie_rows(before, items), movie_rows(after, items, train=before)):
-            yield from movie_examples(movies, candidates_per_example=24, seed=seed)
+        movies = movie_rows(after, items, train=before)
+        return movie_examples(movies, candidates_per_example=24, seed=seed)
 
     held_out = movie_rows(valid_rows, items, train=train_rows)
     return TrainingData(
@@ -157,9 +161,7 @@ def _load_ml_small(folder: Path, config: TrainConfig) -> TrainingData:
     return TrainingData(
         epoch=epoch,
         valid=list(
-            movie_examples(
-                movie_rows(held_out, items, train=train_rows), candidates_per_example=48
-            )
+            movie_examples(movie_rows(held_out, items, train=train_rows), candidates_per_example=48)
         ),
         fingerprint={
             name: fingerprint(folder / name) for name in ("ratings.parquet", "items.parquet")

@@ -1,4 +1,4 @@
-"""Label log-probabilities: FP32 whatever the states' dtype, label rows only or the whole vocabulary."""
+"""Label log-probabilities: FP32 at any dtype, over the labels or the whole vocabulary."""
 
 import pytest
 import torch
@@ -11,7 +11,10 @@ LABELS = ((3,), (7, 11), (20_000,))
 
 def build(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    hidden, weight = torch.randn(63, 48, generator=generator), torch.randn(20_001, 48, generator=generator)
+    hidden, weight = (
+        torch.randn(63, 48, generator=generator),
+        torch.randn(20_001, 48, generator=generator),
+    )
     return hidden.to(dtype), weight.to(dtype), torch.randn(20_001, generator=generator).to(dtype)
 
 

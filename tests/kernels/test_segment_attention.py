@@ -47,7 +47,9 @@ def dense_attention(
     return torch.einsum("hts,shk->thk", weights, v.repeat_interleave(group, 1))
 
 
-def random_inputs(num_tokens: int, num_keys: int, heads: int, groups: int, size: int, dtype: torch.dtype) -> list[torch.Tensor]:
+def random_inputs(
+    num_tokens: int, num_keys: int, heads: int, groups: int, size: int, dtype: torch.dtype
+) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(num_tokens + num_keys)
     shapes = [(num_tokens, heads, size), (num_keys, groups, size), (num_keys, groups, size)]
     return [
@@ -57,7 +59,11 @@ def random_inputs(num_tokens: int, num_keys: int, heads: int, groups: int, size:
 
 
 @settings(max_examples=40, deadline=None)
-@given(layout=st.lists(requests, min_size=1, max_size=4), heads=st.sampled_from([(1, 1), (4, 2), (6, 1)]), size=st.sampled_from([8, 24, 64]))
+@given(
+    layout=st.lists(requests, min_size=1, max_size=4),
+    heads=st.sampled_from([(1, 1), (4, 2), (6, 1)]),
+    size=st.sampled_from([8, 24, 64]),
+)
 @pytest.mark.parametrize("path", [segment_attention_cpu, segment_attention_reference])
 def test_values_and_gradients_are_those_of_a_dense_mask(path, layout, heads, size) -> None:
     spans, num_tokens, num_keys = build_spans(layout)

@@ -1,6 +1,7 @@
 """Text from outside never becomes a special token, and pieces are tokenised as the whole is."""
 
 import json
+from string import ascii_lowercase
 from typing import Any
 
 import pytest
@@ -41,6 +42,11 @@ NO_SYSTEM_TEMPLATE = (
     "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}"
     "{% endif %}" + CHAT_TEMPLATE
 )
+# Its frame is letters, but for the first token.
+LLAMA_2_TEMPLATE = (
+    "{{ bos_token }}[INST] <<SYS>>\n{{ messages[0].content }}\n<</SYS>>\n\n"
+    "{{ messages[1].content }} [/INST]"
+)
 SYSTEM_DROPPED_TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{{ m.content | trim }}<|im_end|>"
     "{% endif %}{% endfor %}<|im_start|>"
@@ -53,12 +59,17 @@ def tokenizer_with_added_tokens(*, chat: bool = False) -> PreTrainedTokenizerFas
     return tokenizer
 
 
-def sentencepiece_tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
-    """Train a tokenizer as Llama 2 has it: a space before every text, bytes for what is unknown."""
+def sentencepiece_tokenizer(
+    chat_template: str | None = None, *, space_after_special: bool = False
+) -> PreTrainedTokenizerFast:
+    """Train a tokenizer as Llama 2 has it: a space before a text, bytes for what is unknown."""
     backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
-    backend.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )
+    if space_after_special:
+        backend.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     backend.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     )
@@ -70,7 +81,8 @@ def sentencepiece_tokenizer(chat_template: str | None = None) -> PreTrainedToken
     )
     tasks = library_tasks().values()
     words = {word for task in tasks for word in (task.instruction + task.question).split()}
-    backend.train_from_iterator([*sorted(words), *["Yes", "No"] * 50], trainer)
+    labels = [f"{before}{name}" for name in ("Yes", "No") for before in [*ascii_lowercase, ""] * 9]
+    backend.train_from_iterator([*sorted(words), *labels], trainer)
     # The trainer can only reserve the bytes as special tokens; they are ordinary ones.
     data = json.loads(backend.to_str())
     data["added_tokens"] = data["added_tokens"][: len(first)]
@@ -143,7 +155,7 @@ def test_a_special_token_that_is_an_ordinary_word_as_well_is_refused() -> None:
     backend = Tokenizer(models.WordLevel({"\n": 0, "a": 1, "<end>": 2}, unk_token="a"))
     backend.pre_tokenizer = pre_tokenizers.Split("\n", "isolated")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
-    with pytest.raises(RequestError, match="'<end>' would become the special token '<end>'"):
+    with pytest.raises(RequestError, match="would become the special token '<end>'"):
         TextEncoder(tokenizer).encode_prefix("<end>", "")
 
 
@@ -179,14 +191,23 @@ def test_any_text_is_tokenised_in_pieces_as_in_the_whole(titles: list[str]) -> N
             assert whole == [*rendered.tokens.prefix_ids, *ids]
 
 
-def test_a_sentencepiece_tokenizer_gives_the_same_pieces_in_a_plain_prompt() -> None:
-    encoder = TextEncoder(sentencepiece_tokenizer())
+@pytest.mark.parametrize("template", [None, LLAMA_2_TEMPLATE, CHAT_TEMPLATE])
+@pytest.mark.parametrize("space_after_special", [False, True])
+def test_a_sentencepiece_tokenizer_puts_spaces_where_the_whole_text_has_them(
+    template: str | None, space_after_special: bool
+) -> None:
+    tokenizer = sentencepiece_tokenizer(template, space_after_special=space_after_special)
+    encoder = TextEncoder(tokenizer)
     task = library_tasks()["movie-like"]
     rendered = Renderer(encoder, max_prompt_tokens=4096).render(task, build_request(3))
-    assert rendered.prefix.startswith("<s>You rank films")
     for segment, ids in zip(rendered.segments, rendered.tokens.segment_ids, strict=True):
-        whole = encoder.whole_text_ids(rendered.prefix + segment)
-        assert whole == [*rendered.tokens.prefix_ids, *ids]
+        pieces = [*rendered.tokens.prefix_ids, *ids]
+        text = rendered.prefix + segment
+        assert encoder.whole_text_ids(text) == pieces
+        if template is None:
+            assert tokenizer(text.removeprefix("<s>")).input_ids == pieces
+        else:
+            assert tokenizer(text, add_special_tokens=False).input_ids == pieces
 
 
 @pytest.mark.parametrize("template", [CHAT_TEMPLATE, NO_SYSTEM_TEMPLATE, SYSTEM_DROPPED_TEMPLATE])
@@ -257,6 +278,5 @@ def test_a_slow_tokenizer_is_refused_by_name() -> None:
 
 def test_the_beginning_token_of_a_plain_prompt_stands_once() -> None:
     encoder = TextEncoder(sentencepiece_tokenizer())
-    assert encoder.encode_prefix("You rank films.", "Heat\n")[:2] != (1, 1)
-    assert encoder.encode_prefix("You rank films.", "Heat\n")[0] == 1
-    assert TextEncoder(build_tokenizer()).head_ids == ()
+    assert encoder.encode_prefix("You rank films.", "Heat\n").count(1) == 1
+    assert TextEncoder(build_tokenizer()).head == ""

@@ -75,16 +75,18 @@ def build_ranker(*, chat: bool) -> Ranker:
 
 @contextmanager
 def _served(*, chat: bool) -> Iterator[Served]:
-    with serving(build_ranker(chat=chat)) as http:
-        # Retries would hide a failure.
-        with OpenAI(base_url=f"{http.base_url}/v1", api_key="none", max_retries=0) as openai:
-            yield Served(
-                http=http,
-                openai=openai,
-                ranker=build_ranker(chat=chat),
-                network=build_network(ARCHITECTURE),
-                tokenizer=build_tokenizer(chat=chat),
-            )
+    # Retries would hide a failure.
+    with (
+        serving(build_ranker(chat=chat)) as http,
+        OpenAI(base_url=f"{http.base_url}/v1", api_key="none", max_retries=0) as openai,
+    ):
+        yield Served(
+            http=http,
+            openai=openai,
+            ranker=build_ranker(chat=chat),
+            network=build_network(ARCHITECTURE),
+            tokenizer=build_tokenizer(chat=chat),
+        )
 
 
 @pytest.fixture(scope="session")

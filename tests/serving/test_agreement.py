@@ -56,7 +56,9 @@ def test_completions_equal_transformers_on_the_text(plain: Served) -> None:
     for prompt, choice in zip(PROMPTS, answer.choices, strict=True):
         expected = plain.plain_logprobs(plain.tokenizer(prompt).input_ids)
         _check_tops(plain, choice.logprobs.top_logprobs[0], expected, 5, [" Yes", "0"])
-        assert choice.logprobs.token_logprobs == pytest.approx([float(expected.max())], abs=TOLERANCE)
+        assert choice.logprobs.token_logprobs == pytest.approx(
+            [float(expected.max())], abs=TOLERANCE
+        )
         assert choice.text == plain.tokenizer.decode([int(expected.argmax())])
 
 

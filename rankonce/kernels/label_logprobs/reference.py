@@ -56,7 +56,9 @@ def vocabulary_logprobs_streamed(
     ids_CN = torch.empty((num_rows, 0), dtype=torch.long, device=device)
     for start in range(0, num_tokens, _SLICE):
         end = min(start + _SLICE, num_tokens)
-        logits = _logits(hidden_CD, weight_VD[start:end], None if bias_V is None else bias_V[start:end], softcap)
+        logits = _logits(
+            hidden_CD, weight_VD[start:end], None if bias_V is None else bias_V[start:end], softcap
+        )
         # log_softmax gives the log-sum-exp some ten times faster than logsumexp does on a CPU.
         slice_lse = logits[:, 0] - logits.log_softmax(dim=-1)[:, 0]
         lse_C = torch.logaddexp(lse_C, slice_lse)
@@ -93,7 +95,7 @@ def _label_logits(
 def _logits(
     hidden_CD: Tensor, weight_ND: Tensor, bias_N: Tensor | None, softcap: float | None
 ) -> Tensor:
-    # Both operands are widened before the product: rounding its result is what makes ranks collapse.
+    # Both operands are widened before the product: rounding its result makes ranks collapse.
     dtype = torch.promote_types(hidden_CD.dtype, torch.float32)
     logits = hidden_CD.to(dtype) @ weight_ND.to(dtype).T
     if bias_N is not None:

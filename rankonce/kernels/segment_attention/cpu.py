@@ -56,7 +56,10 @@ def _plan(spans: SegmentSpans) -> tuple[list[_Block], list[_Shared]]:
             start = shared.pop().query_start
         shared.append(
             _Shared(
-                query_start=start, query_end=query_end, prefix_start=prefix_start, prefix_end=prefix_end
+                query_start=start,
+                query_end=query_end,
+                prefix_start=prefix_start,
+                prefix_end=prefix_end,
             )
         )
     blocks: list[_Block] = []
@@ -72,7 +75,9 @@ def _plan(spans: SegmentSpans) -> tuple[list[_Block], list[_Shared]]:
 
 
 def _pad(group: list[tuple[int, int, int]]) -> _Block:
-    lengths, query_starts, key_starts = (torch.tensor(column) for column in zip(*group, strict=True))
+    lengths, query_starts, key_starts = (
+        torch.tensor(column) for column in zip(*group, strict=True)
+    )
     steps = torch.arange(int(lengths.max()))
     # Padding repeats a segment's last row: finite numbers that no real row sees.
     offsets = torch.minimum(steps, lengths[:, None] - 1)
@@ -101,9 +106,7 @@ class _SegmentAttention(torch.autograd.Function):
     ) -> Tensor:
         blocks, shared = _plan(spans)
         out_THK = torch.empty_like(q_THK)
-        lse_TH = torch.empty(
-            q_THK.shape[:2], dtype=torch.promote_types(q_THK.dtype, torch.float32)
-        )
+        lse_TH = torch.empty(q_THK.shape[:2], dtype=torch.promote_types(q_THK.dtype, torch.float32))
         for block in blocks:
             out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 _heads_first(q_THK[block.token_rows]),
@@ -113,9 +116,9 @@ class _SegmentAttention(torch.autograd.Function):
                 True,
                 scale=scale,
             )
-            rows = block.token_rows[block.real]
-            out_THK[rows] = out.transpose(1, 2)[block.real]
-            lse_TH[rows] = lse.transpose(1, 2)[block.real]
+            block_rows = block.token_rows[block.real]
+            out_THK[block_rows] = out.transpose(1, 2)[block.real]
+            lse_TH[block_rows] = lse.transpose(1, 2)[block.real]
         for part in shared:
             rows = slice(part.query_start, part.query_end)
             keys = slice(part.prefix_start, part.prefix_end)

@@ -26,5 +26,11 @@ class SegmentSpans:
 
     def rows(self) -> list[tuple[int, int, int, int, int]]:
         """Return the spans as tuples of the five numbers, on the host."""
-        columns = (self.query_start, self.query_end, self.key_start, self.prefix_start, self.prefix_end)
+        columns = (
+            self.query_start,
+            self.query_end,
+            self.key_start,
+            self.prefix_start,
+            self.prefix_end,
+        )
         return list(zip(*(column.tolist() for column in columns), strict=True))

@@ -1,0 +1,106 @@
+"""Prompts that share their beginning are packed, and come back in their own order."""
+
+import random
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rankonce.serving.packing import PackedPrompts, pack_prompts
+from tests.serving.conftest import Served
+
+PROMPTS = st.lists(
+    st.lists(st.integers(0, 2), min_size=1, max_size=8).map(tuple), min_size=1, max_size=12
+)
+
+
+def computed_tokens(packed: PackedPrompts) -> int:
+    return sum(
+        len(request.prefix_ids) + sum(map(len, request.segment_ids)) for request in packed.requests
+    )
+
+
+@given(PROMPTS)
+def test_packed_prompts_are_the_prompts(prompts: list[tuple[int, ...]]) -> None:
+    packed = pack_prompts(prompts, [7])
+    found = {}
+    for request, places in zip(packed.requests, packed.places, strict=True):
+        assert request.label_ids == ((7,),)
+        for segment, place in zip(request.segment_ids, places, strict=True):
+            assert segment, "every prompt keeps a token of its own"
+            found[place] = request.prefix_ids + segment
+    assert [found[place] for place in range(len(prompts))] == prompts
+    assert sum(map(len, packed.places)) == len(prompts)
+
+
+@given(PROMPTS)
+def test_packing_never_costs_tokens(prompts: list[tuple[int, ...]]) -> None:
+    packed = pack_prompts(prompts, [7])
+    assert packed.num_tokens == sum(map(len, prompts))
+    assert computed_tokens(packed) <= packed.num_tokens
+
+
+def test_one_prompt_is_one_segment() -> None:
+    (request,) = pack_prompts([(1, 2, 3)], [7]).requests
+    assert request.prefix_ids == ()
+    assert request.segment_ids == ((1, 2, 3),)
+
+
+def test_prompts_that_share_nothing_are_separate_requests() -> None:
+    packed = pack_prompts([(1, 5), (2, 5), (3, 5)], [7])
+    assert len(packed.requests) == 3
+    assert not any(request.prefix_ids for request in packed.requests)
+
+
+def test_equal_prompts_share_all_but_the_last_token() -> None:
+    (request,) = pack_prompts([(1, 2, 3), (1, 2, 3)], [7]).requests
+    assert request.prefix_ids == (1, 2)
+    assert request.segment_ids == ((3,), (3,))
+
+
+def test_members_with_one_instruction_are_grouped_by_member() -> None:
+    instruction = tuple(range(50))
+    prompts = [
+        (*instruction, *range(1000 * member, 1000 * member + 200), 5000 + candidate)
+        for member in range(1, 4)
+        for candidate in range(10)
+    ]
+    random.Random(0).shuffle(prompts)
+    packed = pack_prompts(prompts, [7])
+    assert [len(request.prefix_ids) for request in packed.requests] == [250] * 3
+    assert computed_tokens(packed) == 3 * (250 + 10)
+
+
+def test_single_prompts_with_one_instruction_share_it() -> None:
+    prompts = [(*range(50), 100 + member, 200 + member) for member in range(5)]
+    (request,) = pack_prompts(prompts, [7]).requests
+    assert len(request.prefix_ids) == 50
+
+
+def test_a_conversation_that_grows_is_packed_whatever_its_length() -> None:
+    packed = pack_prompts([tuple(range(length)) for length in range(1, 3000)], [7])
+    assert computed_tokens(packed) < packed.num_tokens / 2 + 3000
+
+
+@pytest.mark.parametrize("num_prompts", [2, 63])
+def test_usage_shows_that_a_beginning_was_read_once(plain: Served, num_prompts: int) -> None:
+    beginning = "Films that the member has rated, oldest first: Heat, Alien and Up.\nFilm: "
+    prompts = [f"{beginning}{index} M\nAnswer:" for index in range(num_prompts)]
+    lengths = [len(plain.tokenizer(prompt).input_ids) for prompt in prompts]
+    usage = _usage(plain, prompts)
+    shared = len(plain.tokenizer(beginning).input_ids)
+    assert usage["prompt_tokens"] == sum(lengths)
+    assert usage["completion_tokens"] == num_prompts
+    assert usage["total_tokens"] == sum(lengths) + num_prompts
+    cached = usage["prompt_tokens_details"]["cached_tokens"]
+    # The last token of the beginning may melt into the number that follows.
+    assert cached >= (num_prompts - 1) * (shared - 1)
+    again = _usage(plain, prompts)["prompt_tokens_details"]["cached_tokens"]
+    assert again >= num_prompts * (shared - 1), "the prefix cache holds the beginning now"
+
+
+def _usage(served: Served, prompts: list[str]) -> dict[str, Any]:
+    response = served.http.post("/v1/completions", json={"prompt": prompts, "max_tokens": 1})
+    usage: dict[str, Any] = response.json()["usage"]
+    return usage

@@ -1,0 +1,81 @@
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from rankonce.cli.serve import serve
+from rankonce.errors import MissingDependencyError
+from rankonce.serving.app import open_listener
+from rankonce.serving.engine import ServerConfig
+from tests.conftest import build_network, build_tokenizer
+
+app = typer.Typer()
+app.command()(serve)
+ADDRESS = re.compile(r"http://127\.0\.0\.1:\d+")
+COMMAND = "import typer; from rankonce.cli.serve import serve; typer.run(serve)"
+
+
+def test_serve_answers_until_it_is_told_to_stop(tmp_path: Path) -> None:
+    folder = tmp_path / "tiny-ranker"
+    build_network("llama").save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    arguments = ["--model", str(folder), "--port", "0", "--max-tokens-per-pass", "4096"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", COMMAND, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        try:
+            assert process.stderr is not None
+            lines = iter(process.stderr.readline, "")
+            address = next(found[0] for found in map(ADDRESS.search, lines) if found)
+            with httpx.Client(base_url=address, timeout=60) as http:
+                assert http.get("/health").json()["model"] == "tiny-ranker"
+                question = {"prompt": "M", "max_tokens": 1}
+                assert http.post("/v1/completions", json=question).status_code == 200
+            process.send_signal(signal.SIGINT)
+            out, log = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    assert process.returncode == 0
+    assert out == ""
+    assert '"POST /v1/completions HTTP/1.1" 200' in log
+    assert "Traceback" not in log
+
+
+def test_answers_do_not_wait_for_nagle() -> None:
+    # asyncio switches Nagle's algorithm off only for sockets that name their protocol.
+    with open_listener(ServerConfig(port=0)) as listener:
+        assert listener.proto == socket.IPPROTO_TCP
+
+
+def test_a_taken_port_is_refused_before_the_model_is_loaded() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        result = CliRunner().invoke(app, ["--port", port, "--model", "no-such-folder"])
+    assert isinstance(result.exception, OSError)
+    assert port in str(result.exception)
+
+
+@pytest.mark.parametrize("library", ["fastapi", "uvicorn"])
+def test_a_missing_library_is_named_with_its_extra(
+    library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    result = CliRunner().invoke(app, ["--port", "0"])
+    assert isinstance(result.exception, MissingDependencyError)
+    assert f"{library} is not installed: pip install 'rankonce[serve]'" in str(result.exception)
+
+
+@pytest.mark.parametrize("arguments", [["--port", "x"], ["--port", "65536"], ["--prot", "1"]])
+def test_bad_usage_exits_with_2(arguments: list[str]) -> None:
+    assert CliRunner().invoke(app, arguments).exit_code == 2
