@@ -21,7 +21,7 @@ Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Job:
+class _Turn:
     """What one question wants of the model."""
 
     requests: Sequence[TokenizedRequest]
@@ -46,7 +46,7 @@ class Batcher:
 
     def __init__(self, ranker: Ranker) -> None:
         self._ranker = ranker
-        self._waiting: asyncio.Queue[_Job] = asyncio.Queue()
+        self._waiting: asyncio.Queue[_Turn] = asyncio.Queue()
         self._model_thread = ThreadPoolExecutor(1, "rankonce-model")
         self._text_thread = ThreadPoolExecutor(1, "rankonce-text")
 
@@ -78,40 +78,40 @@ class Batcher:
         ``mass_C`` and more than ``num_top`` tokens may be there because a neighbour wanted them.
         """
         answer: asyncio.Future[list[RawScores]] = asyncio.get_running_loop().create_future()
-        job = _Job(requests=requests, label_mass=label_mass, num_top=num_top, answer=answer)
-        self._waiting.put_nowait(job)
+        turn = _Turn(requests=requests, label_mass=label_mass, num_top=num_top, answer=answer)
+        self._waiting.put_nowait(turn)
         return await answer
 
     async def _work(self) -> None:
         loop = asyncio.get_running_loop()
         max_tokens = self._ranker.config.max_tokens_per_pass
         while True:
-            jobs = [await self._waiting.get()]
-            num_tokens = jobs[0].num_tokens
+            turns = [await self._waiting.get()]
+            num_tokens = turns[0].num_tokens
             while num_tokens < max_tokens and not self._waiting.empty():
-                jobs.append(self._waiting.get_nowait())
-                num_tokens += jobs[-1].num_tokens
-            outcomes = await loop.run_in_executor(self._model_thread, self._run, jobs)
-            for job, outcome in zip(jobs, outcomes, strict=True):
-                if job.answer.done():  # nobody waits for it any more
+                turns.append(self._waiting.get_nowait())
+                num_tokens += turns[-1].num_tokens
+            outcomes = await loop.run_in_executor(self._model_thread, self._run, turns)
+            for turn, outcome in zip(turns, outcomes, strict=True):
+                if turn.answer.done():  # nobody waits for it any more
                     continue
                 if isinstance(outcome, Exception):
-                    job.answer.set_exception(outcome)
+                    turn.answer.set_exception(outcome)
                 else:
-                    job.answer.set_result(outcome)
+                    turn.answer.set_result(outcome)
 
-    def _run(self, jobs: Sequence[_Job]) -> list[list[RawScores] | Exception]:
+    def _run(self, turns: Sequence[_Turn]) -> list[list[RawScores] | Exception]:
         try:
             raws = iter(
                 self._ranker.forward(
-                    [request for job in jobs for request in job.requests],
-                    label_mass=any(job.label_mass for job in jobs),
-                    num_top=max(job.num_top for job in jobs),
+                    [request for turn in turns for request in turn.requests],
+                    label_mass=any(turn.label_mass for turn in turns),
+                    num_top=max(turn.num_top for turn in turns),
                 )
             )
-            return [[next(raws) for _ in job.requests] for job in jobs]
+            return [[next(raws) for _ in turn.requests] for turn in turns]
         except Exception as error:  # whatever it is, it belongs to the question that caused it
-            if len(jobs) == 1:
+            if len(turns) == 1:
                 return [error]
-            logger.warning("a pass of %d questions failed, each runs alone: %s", len(jobs), error)
-            return [outcome for job in jobs for outcome in self._run([job])]
+            logger.warning("a pass of %d questions failed, each runs alone: %s", len(turns), error)
+            return [outcome for turn in turns for outcome in self._run([turn])]

@@ -4,11 +4,12 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import torch
 from torch import Tensor
 from torch.nn.functional import dropout, nll_loss
@@ -48,7 +49,9 @@ class TrainConfig:
         max_tokens_per_pass: tokens of one forward and backward pass; bounds the memory.
         learning_rate: the peak, reached after ``warmup_share`` of the run; falls to
             ``final_share`` of it along a cosine.
-        weight_decay: of AdamW, on matrices only.
+        embedding_rate_share: the embeddings' part of the learning rate. AdamW moves the embedding
+            of a rare token by a full step every time it is seen, which learns rows by heart.
+        weight_decay: of AdamW, on matrices only, embeddings left out.
         dropout: share of every attention's and MLP's output set to 0 while training.
         max_gradient_norm: gradients are scaled down to it.
         seed: of the order of examples and the random numbers of training.
@@ -61,6 +64,7 @@ class TrainConfig:
     learning_rate: float = 1e-3
     warmup_share: float = 0.05
     final_share: float = 0.05
+    embedding_rate_share: float = 1.0
     weight_decay: float = 0.1
     dropout: float = 0.0
     max_gradient_norm: float = 1.0
@@ -77,11 +81,13 @@ class TrainingData:
             with the same number.
         valid: examples whose loss is measured after every epoch.
         fingerprint: says which data these are; a resumed run must have the same.
+        split: tables that the data were cut into, where the recipe cut them.
     """
 
     epoch: Callable[[int], Iterable[TrainingExample]]
     valid: Sequence[TrainingExample]
     fingerprint: dict[str, str]
+    split: dict[str, pl.DataFrame] = field(default_factory=dict)
 
 
 def train(
@@ -124,7 +130,7 @@ def train(
     add_dropout(network, config.dropout)
     network.train()
     optimizer = torch.optim.AdamW(
-        _parameter_groups(network, config.weight_decay), lr=config.learning_rate, betas=(0.9, 0.95)
+        _parameter_groups(network, config), lr=config.learning_rate, betas=(0.9, 0.95)
     )
     network, optimizer = accelerator.prepare(network, optimizer)
     context = accelerator.unwrap_model(network).config.max_position_embeddings
@@ -151,7 +157,7 @@ def train(
                 # By the part of the run, since epochs may differ in length.
                 rate = learning_rate((epoch + place / len(steps)) / config.epochs, config)
                 for group in optimizer.param_groups:
-                    group["lr"] = rate
+                    group["lr"] = rate * group["rate_share"]
                 started = time.perf_counter()
                 loss, norm = _optimize(accelerator, network, optimizer, step_examples, config)
                 reporter.write(
@@ -259,12 +265,15 @@ def _optimize(
     return total, float(norm)
 
 
-def _parameter_groups(network: Any, weight_decay: float) -> list[dict[str, Any]]:
-    matrices = [p for p in network.parameters() if p.ndim > 1]
-    others = [p for p in network.parameters() if p.ndim <= 1]
+def _parameter_groups(network: Any, config: TrainConfig) -> list[dict[str, Any]]:
+    embeddings = list(network.get_input_embeddings().parameters())
+    known = set(map(id, embeddings))
+    others = [p for p in network.parameters() if id(p) not in known]
+    matrices, vectors = [p for p in others if p.ndim > 1], [p for p in others if p.ndim <= 1]
     return [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": others, "weight_decay": 0.0},
+        {"params": embeddings, "weight_decay": 0.0, "rate_share": config.embedding_rate_share},
+        {"params": matrices, "weight_decay": config.weight_decay, "rate_share": 1.0},
+        {"params": vectors, "weight_decay": 0.0, "rate_share": 1.0},
     ]
 
 

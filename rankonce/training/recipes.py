@@ -107,6 +107,10 @@ def run_recipe(
     else:
         start = load_model(model, precision="fp32")
         network, tokenizer = start.network, start.tokenizer
+    for name, table in loaded.split.items():
+        path = out / "split" / f"{name}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        table.write_parquet(path)
     train(
         network,
         tokenizer,
@@ -163,6 +167,7 @@ def _load_ml_small(folder: Path, config: TrainConfig) -> TrainingData:
         valid=list(
             movie_examples(movie_rows(held_out, items, train=train_rows), candidates_per_example=48)
         ),
+        split={"train": train_rows, "valid": held_out, "items": items},
         fingerprint={
             name: fingerprint(folder / name) for name in ("ratings.parquet", "items.parquet")
         },

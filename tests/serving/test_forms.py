@@ -1,7 +1,10 @@
 """The forms of answers that real clients read."""
 
+import json
 import math
+import re
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -53,6 +56,22 @@ def test_every_example_of_the_interface_is_answered(chatty: Served) -> None:
             assert response.status_code == 200, response.text
             num_examples += 1
     assert num_examples == 7
+
+
+def test_every_command_of_the_page_is_answered(chatty: Served) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    commands = re.findall(r"curl localhost:8000(\S+) .*? -d '\n(.*?)'\n```", page, re.DOTALL)
+    answers = [
+        (path, chatty.http.post(path, json=json.loads(body)).status_code) for path, body in commands
+    ]
+    assert answers == [
+        ("/v1/rank", 200),
+        ("/v1/score", 200),
+        ("/v1/rerank", 200),
+        ("/v1/completions", 200),
+        ("/v1/chat/completions", 200),
+        ("/v1/completions", 400),
+    ]
 
 
 def test_rank_keeps_the_order_of_the_question(plain: Served) -> None:
