@@ -35,7 +35,11 @@ def test_keys_of_cached_prefixes_stand_in_front_of_the_tokens() -> None:
     layout = lay_out_pass(parts, [3, 5], [[2], [2]])
     assert layout.num_keys == layout.num_tokens + 5 == 12
     assert layout.key_start.tolist() == [5, 8, 10]
-    assert list(zip(layout.prefix_start, layout.prefix_end, strict=True)) == [(0, 0), (5, 8), (0, 5)]
+    assert list(zip(layout.prefix_start, layout.prefix_end, strict=True)) == [
+        (0, 0),
+        (5, 8),
+        (0, 5),
+    ]
     assert layout.positions_T.tolist() == [0, 1, 2, 3, 4, 5, 6]
 
 

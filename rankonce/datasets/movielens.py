@@ -8,9 +8,10 @@ Statistics of members and films, and what members disliked, come from the train 
 row sees only what was strictly earlier than itself.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +136,7 @@ def movie_examples(
     candidates_per_example: int,
     seed: int | None = None,
     shared_history: bool = True,
+    forgetting: float = 0.0,
 ) -> Iterator[TrainingExample]:
     """Group rows of a member, in the order of time, into examples.
 
@@ -144,6 +146,9 @@ def movie_examples(
             for every seed; ``None`` cuts regularly and keeps the order.
         shared_history: all rows of an example get the history of its first one, as of then. Else
             only rows with the very same history and statistics of the member share an example.
+        forgetting: the share of titles that become "untitled", year kept, and the largest share of
+            events that are left out; needs a seed. A small set is else learnt by heart: a film by
+            its title and a member by the history, instead of by what is said of them.
     """
     random = None if seed is None else np.random.default_rng(seed)
     by_member: dict[int, list[int]] = defaultdict(list)
@@ -154,7 +159,8 @@ def movie_examples(
     columns = _feature_columns(movies)
     for user, indices in by_member.items():
         for group in _groups(movies, indices, candidates_per_example, shared_history, random):
-            yield _example(movies, columns, user, group, random)
+            example = _example(movies, columns, user, group, random)
+            yield _forget(example, forgetting, random) if forgetting and random else example
 
 
 def _groups(
@@ -248,6 +254,32 @@ def _example(
             ("Yes" if movies.rows["label"][index] else "No") if known else None for index in indices
         ),
         member=str(user),
+    )
+
+
+def _forget(example: TrainingExample, share: float, random: np.random.Generator) -> TrainingExample:
+    request = example.request
+    kept = random.random(len(request.history)) >= random.uniform(0, share)
+    return replace(
+        example,
+        request=replace(
+            request,
+            history=tuple(
+                replace(event, item=_untitle(event.item, share, random))
+                for event, keep in zip(request.history, kept, strict=True)
+                if keep
+            ),
+            candidates=tuple(_untitle(film, share, random) for film in request.candidates),
+        ),
+    )
+
+
+def _untitle(film: Item, share: float, random: np.random.Generator) -> Item:
+    if random.random() >= share:
+        return film
+    year = re.search(r"\(\d{4}\)$", str(film.fields["title"]))
+    return replace(
+        film, fields={**film.fields, "title": f"untitled {year.group() if year else ''}"}
     )
 
 

@@ -141,7 +141,9 @@ def _load_ml1m(folder: Path, config: TrainConfig) -> TrainingData:
         before = train_rows.filter(pl.col("timestamp") < present)
         after = train_rows.filter(pl.col("timestamp") >= present)
         movies = movie_rows(after, items, train=before)
-        return movie_examples(movies, candidates_per_example=24, seed=seed)
+        return movie_examples(
+            movies, candidates_per_example=24, seed=seed, forgetting=config.forgetting
+        )
 
     held_out = movie_rows(valid_rows, items, train=train_rows)
     return TrainingData(
