@@ -52,6 +52,7 @@ def evaluate(
     from rich.console import Console
 
     from rankonce.datasets.movielens import read_rows
+    from rankonce.environment import describe_environment
     from rankonce.evaluation.protocols import evaluate_movies
     from rankonce.evaluation.report import render_table, to_json, to_markdown
 
@@ -77,7 +78,8 @@ def evaluate(
     }
     if as_json:
         parts = {name: json.loads(to_json(rows)) for name, rows in tables.items()}
-        typer.echo(json.dumps({**parts, "tokens": evaluation.tokens}, indent=2))
+        record = {**parts, "tokens": evaluation.tokens, "environment": describe_environment()}
+        typer.echo(json.dumps(record, indent=2))
         return
     console = Console(width=160)
     for rows in tables.values():

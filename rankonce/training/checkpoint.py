@@ -9,14 +9,10 @@ OUT/checkpoints/STEP/    a model as above, and state/ with optimiser and random 
 import json
 import os
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-
-import rankonce
+from rankonce.environment import describe_environment
 from rankonce.errors import TrainingError
 
 _NUM_KEPT = 2
@@ -68,7 +64,7 @@ def write_run_record(out: Path, record: dict[str, Any]) -> None:
                     f"out: {out} holds a run with another {name}; choose a new folder or the "
                     f"{name} of before: {before[name]}"
                 )
-    path.write_text(json.dumps({**record, **_versions()}, indent=2) + "\n")
+    path.write_text(json.dumps({**record, "environment": describe_environment()}, indent=2) + "\n")
 
 
 def cut_metrics(out: Path, last_step: int) -> None:
@@ -89,19 +85,3 @@ def _steps(folder: Path) -> list[int]:
     if not folder.is_dir():
         return []
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
-
-
-def _versions() -> dict[str, str]:
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return {
-        "rankonce": rankonce.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "commit": commit.stdout.strip() or "unknown",
-    }

@@ -67,7 +67,6 @@ class TrainConfig:
     embedding_rate_share: float = 1.0
     weight_decay: float = 0.1
     dropout: float = 0.0
-    forgetting: float = 0.0
     max_gradient_norm: float = 1.0
     seed: int = 0
     steps_per_checkpoint: int = 100
