@@ -117,6 +117,12 @@ def smoothed_share(
     return share
 
 
+def log_odds(share: Floats) -> Floats:
+    """Turn shares in (0, 1) into log(share / (1 - share))."""
+    odds: Floats = np.log(share) - np.log1p(-share)
+    return odds
+
+
 def count_before(
     keys: Ints, moments: Ints, likes: Ints, query_keys: Ints, query_moments: Ints
 ) -> tuple[Ints, Ints]:

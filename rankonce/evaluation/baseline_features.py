@@ -14,6 +14,7 @@ from rankonce.datasets.statistics import (
     Floats,
     Ints,
     count_before,
+    log_odds,
     read_labels,
     read_whole_numbers,
     smoothed_share,
@@ -203,12 +204,6 @@ def _count_pairs(
         pairs.moments,
     )
     return rated, likes, likes + reverse
-
-
-def log_odds(share: Floats) -> Floats:
-    """Turn shares in (0, 1) into log(share / (1 - share))."""
-    odds: Floats = np.log(share) - np.log1p(-share)
-    return odds
 
 
 def _read_films(items: pl.DataFrame, *tables: pl.DataFrame) -> _Films:

@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 
 from rankonce.datasets.statistics import (
     Floats,
+    log_odds,
     read_labels,
     read_whole_numbers,
     smoothed_share,
     statistics_from,
 )
 from rankonce.errors import DataError, MissingDependencyError
-from rankonce.evaluation.baseline_features import log_odds, past_features
+from rankonce.evaluation.baseline_features import past_features
 from rankonce.evaluation.metrics import log_loss
 
 Baseline = Callable[[pl.DataFrame, pl.DataFrame, pl.DataFrame], Floats]

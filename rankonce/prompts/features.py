@@ -7,9 +7,9 @@ often instead of every number once.
 import math
 from bisect import bisect_right
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from rankonce.errors import RequestError
 
@@ -31,7 +31,8 @@ class FieldSpec(BaseModel):
             seconds as "2 days ago", ``number`` as the word of its bucket.
         required: an item without it is refused.
         buckets: ascending lower bounds; a value takes the last bound that it reaches. For a
-            ``share`` the bounds are shares; without any, steps of 5 %.
+            ``share`` the bounds are shares; without any, it is rounded to steps.
+        step: bucket width of a ``share`` without buckets.
         words: one word a bucket, for ``number``: one more than there are buckets.
         impute_from: another field of the same part whose value stands in when this one is missing.
         description: what the field means, for people.
@@ -42,6 +43,7 @@ class FieldSpec(BaseModel):
     type: Literal["text", "list", "count", "share", "percentile", "age", "number"] = "text"
     required: bool = False
     buckets: tuple[float, ...] = ()
+    step: Annotated[float, Field(ge=0.01, le=0.5)] = 0.05
     words: tuple[str, ...] = ()
     impute_from: str | None = None
     description: str = ""
@@ -114,7 +116,8 @@ def _count(value: Any, spec: FieldSpec, path: str) -> str:
 
 def _share(value: Any, spec: FieldSpec, path: str) -> str:
     share = _number(value, path, low=0, high=1)
-    return f"{_bucket(share, spec.buckets) * 100 if spec.buckets else round(share * 20) * 5:.0f} %"
+    rounded = _bucket(share, spec.buckets) if spec.buckets else round(share / spec.step) * spec.step
+    return f"{100 * min(rounded, 1.0):.0f} %"
 
 
 def _percentile(value: Any, spec: FieldSpec, path: str) -> str:

@@ -256,7 +256,7 @@ def _optimize(
         loss = label_loss(network, pack_examples(part, accelerator.device)) / max(1, num_labels)
         if not torch.isfinite(loss):
             raise NumericsError(
-                f"loss: is {float(loss)}; lower the learning rate or look at the data"
+                f"loss: is {loss.item()}; lower the learning rate or look at the data"
             )
         accelerator.backward(loss)
         total += float(loss.detach())

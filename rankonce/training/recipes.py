@@ -56,7 +56,7 @@ def ml1m() -> Recipe:
         description="will the member like the film; MovieLens-1M, CoLLM's split by time",
         load=_load_ml1m,
         size="1m",
-        config=TrainConfig(epochs=6, labels_per_step=256, learning_rate=2e-3, seed=1),
+        config=TrainConfig(epochs=6, labels_per_step=64, learning_rate=1.5e-3, dropout=0.1, seed=1),
     )
 
 
@@ -68,7 +68,7 @@ def ml_small() -> Recipe:
         load=_load_ml_small,
         size="1m",
         config=TrainConfig(
-            epochs=2, labels_per_step=256, learning_rate=1.5e-3, dropout=0.1, seed=1
+            epochs=2, labels_per_step=128, learning_rate=1.5e-3, dropout=0.1, seed=1
         ),
     )
 
