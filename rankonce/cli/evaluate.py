@@ -36,6 +36,10 @@ def evaluate(
     ],
     model: ModelOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON with full precision.")] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(dir_okay=False, help="Also draw calibration and AUC by history length."),
+    ] = None,
     markdown: Annotated[bool, typer.Option(help="Tables in Markdown.")] = False,
     num_resamples: Annotated[
         int, typer.Option(min=2, help="Bootstrap samples of members for the standard errors.")
@@ -53,6 +57,7 @@ def evaluate(
 
     from rankonce.datasets.movielens import read_rows
     from rankonce.environment import describe_environment
+    from rankonce.evaluation.plots import plot_evaluation
     from rankonce.evaluation.protocols import evaluate_movies
     from rankonce.evaluation.report import render_table, to_json, to_markdown
 
@@ -71,6 +76,8 @@ def evaluate(
         name="embedded ranker" if model is None else Path(model).name,
         num_resamples=num_resamples,
     )
+    if plot is not None:
+        plot_evaluation(plot, evaluation.labels, evaluation.scores, evaluation.cold)
     tables = {
         "metrics": evaluation.rows,
         "cold": evaluation.cold,

@@ -139,10 +139,11 @@ def load_ranker(
 
 
 def quiet_transformers() -> None:
-    """Keep transformers' progress bars and advice off stderr, unless logging is wanted."""
+    """Keep transformers' and accelerate's advice off stderr, unless logging is wanted."""
     if logging.getLogger().isEnabledFor(logging.INFO):
         return
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)

@@ -1,6 +1,6 @@
 """Score the rows of a dataset with the ranker that serves, and put metrics beside baselines."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,12 +39,16 @@ class Evaluation:
         differences: for each baseline, the first ranker's AUC minus its own with the standard
             error of the paired difference.
         tokens: what the first ranker read, and what one prompt per row would have cost.
+        labels: of the rows.
+        scores: P(liked) of the rows, by ranker.
     """
 
     rows: Sequence[EvaluationRow]
     cold: Sequence[EvaluationRow]
     differences: Sequence[EvaluationRow]
     tokens: dict[str, int]
+    labels: Floats
+    scores: Mapping[str, Floats]
 
 
 def evaluate_movies(
@@ -87,6 +91,8 @@ def evaluate_movies(
             if key != name
         ],
         tokens=tokens,
+        labels=labels.astype(np.float64),
+        scores=by_name,
     )
 
 
