@@ -115,12 +115,13 @@ class TrainingExample:
     """A request whose answers are known.
 
     Attributes:
-        labels: the label of every candidate, in the request's order; ``None`` = not known.
+        labels: the label of every candidate, in the request's order: its name, or a probability
+            for each name (a soft label), or ``None`` where it is not known.
         member: groups examples for per-member metrics.
     """
 
     request: ScoreRequest
-    labels: tuple[str | None, ...]
+    labels: tuple[str | Mapping[str, float] | None, ...]
     member: str
 
 

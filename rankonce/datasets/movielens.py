@@ -140,6 +140,7 @@ def movie_examples(
     seed: int | None = None,
     shared_history: bool = True,
     forgetting: float = 0.0,
+    smoothing: float = 0.0,
 ) -> Iterator[TrainingExample]:
     """Group rows of a member, in the order of time, into examples.
 
@@ -152,6 +153,8 @@ def movie_examples(
         forgetting: the share of titles that become "untitled", year kept, and the largest share of
             events that are left out; needs a seed. A small set is else learnt by heart: a film by
             its title and a member by the history, instead of by what is said of them.
+        smoothing: labels become soft: this part of them is the expected share that the prompt
+            tells, which a few rows of one member and film cannot know better.
     """
     random = None if seed is None else np.random.default_rng(seed)
     by_member: dict[int, list[int]] = defaultdict(list)
@@ -162,7 +165,7 @@ def movie_examples(
     columns = _feature_columns(movies)
     for user, indices in by_member.items():
         for group in _groups(movies, indices, candidates_per_example, shared_history, random):
-            example = _example(movies, columns, user, group, random)
+            example = _example(movies, columns, user, group, random, smoothing)
             yield _forget(example, forgetting, random) if forgetting and random else example
 
 
@@ -233,6 +236,7 @@ def _example(
     user: int,
     indices: list[int],
     random: np.random.Generator | None,
+    smoothing: float,
 ) -> TrainingExample:
     first = indices[0]
     time = int(movies.rows["timestamp"][first])
@@ -262,10 +266,22 @@ def _example(
             ),
         ),
         labels=tuple(
-            ("Yes" if movies.rows["label"][index] else "No") if known else None for index in indices
+            _label(
+                int(movies.rows["label"][index]), columns["expected_like_share"][index], smoothing
+            )
+            if known
+            else None
+            for index in indices
         ),
         member=str(user),
     )
+
+
+def _label(liked: int, expected: float, smoothing: float) -> str | dict[str, float]:
+    if not smoothing:
+        return "Yes" if liked else "No"
+    share = (1 - smoothing) * liked + smoothing * float(expected)
+    return {"Yes": share, "No": 1 - share}
 
 
 def _forget(example: TrainingExample, share: float, random: np.random.Generator) -> TrainingExample:

@@ -26,7 +26,7 @@ def save_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     unfinished = folder / f".{step}"
     shutil.rmtree(unfinished, ignore_errors=True)
-    save_model(unfinished, accelerator.unwrap_model(network), tokenizer)
+    save_model(unfinished, network, tokenizer)
     accelerator.save_state(str(unfinished / "state"), safe_serialization=True)
     final = folder / str(step)
     shutil.rmtree(final, ignore_errors=True)

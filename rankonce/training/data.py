@@ -1,7 +1,8 @@
 """Examples become steps: tokenised, shuffled by a seed, packed under a token budget."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,18 @@ from rankonce.prompts.rendering import Renderer
 from rankonce.prompts.tasks import Task, find_task
 from rankonce.records import TrainingExample, read_request
 
-_UNKNOWN = -100
+Target = tuple[float, ...] | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizedExample:
-    """A request as token ids with the index of every candidate's label, -100 where unknown."""
+    """A request as token ids with every candidate's target: a probability for each label.
+
+    ``None`` stands where the label is not known.
+    """
 
     tokens: TokenizedRequest
-    labels: tuple[int, ...]
+    targets: tuple[Target, ...]
 
     @property
     def num_tokens(self) -> int:
@@ -35,7 +39,7 @@ class TokenizedExample:
     @property
     def num_labels(self) -> int:
         """Candidates whose label is known."""
-        return sum(label != _UNKNOWN for label in self.labels)
+        return sum(target is not None for target in self.targets)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +47,7 @@ class TrainingBatch:
     """Examples of one forward pass.
 
     Attributes:
-        label_groups: rows that share their labels' tokens: token ids, rows, label indices.
+        label_groups: rows that share their labels' tokens: token ids, rows, targets R x L.
     """
 
     batch: PackedBatch
@@ -51,7 +55,9 @@ class TrainingBatch:
 
 
 def read_examples(path: Path) -> list[TrainingExample]:
-    """Read JSON lines: a request and its ``labels``, one a candidate, null where unknown.
+    """Read JSON lines: a request and its ``labels``, one a candidate.
+
+    A label is a name, or ``{"Yes": 0.7, "No": 0.3}``, or null where it is not known.
 
     ``member`` may name the member; else the request's id does.
 
@@ -99,17 +105,21 @@ def tokenize_examples(
     """
     for example in examples:
         task = find_task(example.request.task, tasks)
-        index: dict[str | None, int] = {name: i for i, name in enumerate(task.label_names)}
-        index[None] = _UNKNOWN
-        for label in example.labels:
-            if label not in index:
-                raise TaskError(
-                    f"labels: should be one of {', '.join(task.label_names)}, is {label!r}"
-                )
         yield TokenizedExample(
             tokens=renderer.render(task, example.request).tokens,
-            labels=tuple(index[label] for label in example.labels),
+            targets=tuple(_target(label, task.label_names) for label in example.labels),
         )
+
+
+def _target(label: str | Mapping[str, float] | None, names: tuple[str, ...]) -> Target:
+    if label is None:
+        return None
+    shares = {label: 1.0} if isinstance(label, str) else dict(label)
+    if not set(shares) <= set(names):
+        raise TaskError(f"labels: should be of {', '.join(names)}, is {label!r}")
+    if min(shares.values()) < 0 or not math.isclose(sum(shares.values()), 1.0, abs_tol=1e-6):
+        raise TaskError(f"labels: probabilities should be from 0 and sum to 1, are {label!r}")
+    return tuple(shares.get(name, 0.0) for name in names)
 
 
 def shuffle_into_steps(
@@ -152,19 +162,20 @@ def pack_examples(
         PassPart(request=index, first=0, last=len(request.segment_ids), cached=False)
         for index, request in enumerate(requests)
     ]
-    groups: dict[tuple[tuple[int, ...], ...], tuple[list[int], list[int]]] = {}
+    groups: dict[tuple[tuple[int, ...], ...], tuple[list[int], list[tuple[float, ...]]]] = {}
     row = 0
     for example in examples:
-        rows, labels = groups.setdefault(example.tokens.label_ids, ([], []))
-        for label in example.labels:
-            if label != _UNKNOWN:
+        rows, targets = groups.setdefault(example.tokens.label_ids, ([], []))
+        for target in example.targets:
+            if target is not None:
                 rows.append(row)
-                labels.append(label)
+                targets.append(target)
             row += 1
     return TrainingBatch(
         batch=pack_pass(parts, requests, {}, keep_prefixes=False, device=device),
         label_groups=tuple(
-            (ids, torch.tensor(rows, device=device), torch.tensor(labels, device=device))
-            for ids, (rows, labels) in groups.items()
+            (ids, torch.tensor(rows, device=device), torch.tensor(targets, device=device))
+            for ids, (rows, targets) in groups.items()
+            if rows
         ),
     )

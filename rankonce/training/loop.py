@@ -12,7 +12,8 @@ from typing import Any
 import polars as pl
 import torch
 from torch import Tensor
-from torch.nn.functional import dropout, nll_loss
+from torch.nn.functional import dropout
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from rankonce.errors import MissingDependencyError, NumericsError, TrainingError
 from rankonce.model.head import head_of
@@ -49,10 +50,10 @@ class TrainConfig:
         max_tokens_per_pass: tokens of one forward and backward pass; bounds the memory.
         learning_rate: the peak, reached after ``warmup_share`` of the run; falls to
             ``final_share`` of it along a cosine.
-        embedding_rate_share: the embeddings' part of the learning rate. AdamW moves the embedding
-            of a rare token by a full step every time it is seen, which learns rows by heart.
-        weight_decay: of AdamW, on matrices only, embeddings left out.
+        weight_decay: of AdamW, on matrices only.
         dropout: share of every attention's and MLP's output set to 0 while training.
+        averaging: the model that is kept is an exponential average of the weights, of which this
+            part stays from step to step (Polyak averaging); 0 keeps the last weights.
         max_gradient_norm: gradients are scaled down to it.
         seed: of the order of examples and the random numbers of training.
         steps_per_checkpoint: how much is lost at most when a run is killed.
@@ -64,9 +65,9 @@ class TrainConfig:
     learning_rate: float = 1e-3
     warmup_share: float = 0.05
     final_share: float = 0.05
-    embedding_rate_share: float = 1.0
     weight_decay: float = 0.1
     dropout: float = 0.0
+    averaging: float = 0.0
     max_gradient_norm: float = 1.0
     seed: int = 0
     steps_per_checkpoint: int = 100
@@ -132,7 +133,10 @@ def train(
     optimizer = torch.optim.AdamW(
         _parameter_groups(network, config), lr=config.learning_rate, betas=(0.9, 0.95)
     )
+    # Moves with every step; a decay of 0 makes it the last weights.
+    averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.averaging))
     network, optimizer = accelerator.prepare(network, optimizer)
+    accelerator.register_for_checkpointing(averaged)
     context = accelerator.unwrap_model(network).config.max_position_embeddings
     renderer = Renderer(TextEncoder(tokenizer), max_prompt_tokens=context)
 
@@ -157,9 +161,10 @@ def train(
                 # By the part of the run, since epochs may differ in length.
                 rate = learning_rate((epoch + place / len(steps)) / config.epochs, config)
                 for group in optimizer.param_groups:
-                    group["lr"] = rate * group["rate_share"]
+                    group["lr"] = rate
                 started = time.perf_counter()
                 loss, norm = _optimize(accelerator, network, optimizer, step_examples, config)
+                averaged.update_parameters(network)
                 reporter.write(
                     step=step,
                     epoch=epoch,
@@ -172,13 +177,17 @@ def train(
                 )
                 if step % config.steps_per_checkpoint == 0:
                     save_checkpoint(
-                        out, step, accelerator=accelerator, network=network, tokenizer=tokenizer
+                        out,
+                        step,
+                        accelerator=accelerator,
+                        network=averaged.module,
+                        tokenizer=tokenizer,
                     )
             if data.valid and step > done:
                 valid = tokenize_examples(data.valid, renderer, tasks)
-                loss = mean_loss(network, valid, config.max_tokens_per_pass)
+                loss = mean_loss(averaged.module, valid, config.max_tokens_per_pass)
                 reporter.write(step=step, epoch=epoch, valid_loss=loss)
-    save_model(out, accelerator.unwrap_model(network), tokenizer)
+    save_model(out, averaged.module, tokenizer)
 
 
 def add_dropout(network: Any, share: float) -> None:
@@ -217,14 +226,13 @@ def learning_rate(progress: float, config: TrainConfig) -> float:
 
 
 def label_loss(network: Any, batch: TrainingBatch) -> Tensor:
-    """Sum over the labels of a pass of -log P(label) among the task's labels."""
+    """Cross-entropy of the task's labels with their targets, summed over a pass."""
     hidden_CD = forward_pass(network, batch.batch)
     head = head_of(network)
     total = hidden_CD.new_zeros(())
-    for label_ids, rows, labels in batch.label_groups:
-        if len(rows):
-            log_probs = head.label_logprobs(hidden_CD[rows], label_ids)
-            total = total + nll_loss(log_probs, labels, reduction="sum")
+    for label_ids, rows, targets_RL in batch.label_groups:
+        log_probs_RL = head.label_logprobs(hidden_CD[rows], label_ids)
+        total = total - (targets_RL * log_probs_RL).sum()
     return total
 
 
@@ -232,7 +240,7 @@ def label_loss(network: Any, batch: TrainingBatch) -> Tensor:
 def mean_loss(
     network: Any, examples: Iterable[TokenizedExample], max_tokens_per_pass: int
 ) -> float:
-    """Mean of -log P(label) over the labels of examples."""
+    """Mean cross-entropy over the labels of examples."""
     network.eval()
     everything = list(examples)
     total = 0.0
@@ -266,14 +274,11 @@ def _optimize(
 
 
 def _parameter_groups(network: Any, config: TrainConfig) -> list[dict[str, Any]]:
-    embeddings = list(network.get_input_embeddings().parameters())
-    known = set(map(id, embeddings))
-    others = [p for p in network.parameters() if id(p) not in known]
-    matrices, vectors = [p for p in others if p.ndim > 1], [p for p in others if p.ndim <= 1]
+    matrices = [p for p in network.parameters() if p.ndim > 1]
+    vectors = [p for p in network.parameters() if p.ndim <= 1]
     return [
-        {"params": embeddings, "weight_decay": 0.0, "rate_share": config.embedding_rate_share},
-        {"params": matrices, "weight_decay": config.weight_decay, "rate_share": 1.0},
-        {"params": vectors, "weight_decay": 0.0, "rate_share": 1.0},
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
     ]
 
 

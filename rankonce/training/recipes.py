@@ -26,6 +26,8 @@ from rankonce.training.tokenizer import train_tokenizer
 _PRESENT_SHARE = (0.2, 0.8)
 # Titles and events that an epoch leaves out: 34,000 labels are learnt by heart otherwise.
 _FORGETTING = 0.8
+# Part of a label that is what the averages lead one to expect.
+_SMOOTHING = 0.7
 # Of every member's rows, the newest.
 HELD_OUT_SHARE = 0.1
 _PASSED_OVER_PER_LIKE = 1
@@ -145,7 +147,13 @@ def _load_ml1m(folder: Path, config: TrainConfig) -> TrainingData:
         before = train_rows.filter(pl.col("timestamp") < present)
         after = train_rows.filter(pl.col("timestamp") >= present)
         movies = movie_rows(after, items, train=before)
-        return movie_examples(movies, candidates_per_example=24, seed=seed, forgetting=_FORGETTING)
+        return movie_examples(
+            movies,
+            candidates_per_example=24,
+            seed=seed,
+            forgetting=_FORGETTING,
+            smoothing=_SMOOTHING,
+        )
 
     held_out = movie_rows(valid_rows, items, train=train_rows)
     return TrainingData(

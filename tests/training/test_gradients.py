@@ -20,7 +20,9 @@ def build_examples(tokenizer: Any) -> list[TokenizedExample]:
     examples = [
         TrainingExample(
             request=build_request(count, seed=seed),
-            labels=tuple(["Yes", "No", None][(i + seed) % 3] for i in range(count)),
+            labels=tuple(
+                ["Yes", {"Yes": 0.3, "No": 0.7}, None][(i + seed) % 3] for i in range(count)
+            ),
             member=str(seed),
         )
         for seed, count in enumerate((5, 1, 8))
@@ -34,11 +36,11 @@ def separate_loss(network: Any, examples: list[TokenizedExample]) -> torch.Tenso
     total = torch.zeros(())
     for example in examples:
         tokens = example.tokens
-        for segment, label in zip(tokens.segment_ids, example.labels, strict=True):
-            if label >= 0:
+        for segment, target in zip(tokens.segment_ids, example.targets, strict=True):
+            if target is not None:
                 logits = network(torch.tensor([[*tokens.prefix_ids, *segment]])).logits[0, -1]
                 log_probs = logits[[ids[0] for ids in tokens.label_ids]].log_softmax(0)
-                total = total - log_probs[label]
+                total = total - (torch.tensor(target) * log_probs).sum()
     return total
 
 
@@ -63,6 +65,6 @@ def test_candidates_without_a_label_do_not_train(tokenizer: Any) -> None:
     network = build_network("llama")
     use_segment_attention(network)
     (example, *_) = build_examples(tokenizer)
-    unknown = TokenizedExample(tokens=example.tokens, labels=(-100,) * len(example.labels))
+    unknown = TokenizedExample(tokens=example.tokens, targets=(None,) * len(example.targets))
     assert label_loss(network, pack_examples([unknown])).item() == 0.0
     assert head_of(network).weight_VD.grad is None

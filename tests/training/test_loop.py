@@ -223,6 +223,12 @@ def test_every_recipe_builds(name: str) -> None:
             "Yes, No",
         ),
         (
+            '{"task": "movie-like", "candidates": [{"fields": {"title": "x"}}],'
+            ' "labels": [{"Yes": 0.5, "No": 0.6}]}',
+            TaskError,
+            "sum to 1",
+        ),
+        (
             '{"task": "movie-like", "candidates": [{"title": "x"}], "labels": ["Yes"]}',
             DataError,
             r"candidates\[0\]",
