@@ -26,7 +26,7 @@ def describe_environment() -> dict[str, str | int]:
 
 
 def _commit() -> str:
-    """The commit of a source checkout, with ``+changes`` where files differ from it."""
+    """The commit of our own source checkout, with ``+changes`` where files differ from it."""
     folder = Path(__file__).parent
 
     def git(*arguments: str) -> str:
@@ -36,6 +36,8 @@ def _commit() -> str:
         return done.stdout.strip()
 
     try:
+        # Installed, this file may lie in the checkout of another project.
+        git("ls-files", "--error-unmatch", Path(__file__).name)
         changed = git("status", "--porcelain", "--untracked-files=no", "--", str(folder))
         return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):

@@ -23,7 +23,7 @@ from rankonce.model.prefix_cache import KeysValues, PrefixCache
 from rankonce.prompts.encoding import TextEncoder
 from rankonce.prompts.rendering import RenderedRequest, Renderer
 from rankonce.prompts.tasks import Task, find_task, library_tasks
-from rankonce.records import CandidateScore, ScoreRequest, ScoreResult, TokenUsage
+from rankonce.records import CandidateScore, ScoreRequest, ScoreResult, TokenUsage, read_request
 
 EMBEDDED_MODEL = Path(__file__).parent / "embedded"
 # Below this share of the whole vocabulary the model would rather have said something else.
@@ -157,11 +157,16 @@ class Ranker:
         yield from self._finish_all(waiting)
 
     def prepare(self, request: ScoreRequest) -> PreparedRequest:
-        """Render a request and find its labels' tokens."""
+        """Render a request and find its labels' tokens.
+
+        Raises:
+            RankOnceError: names the field of the request that cannot be used.
+        """
+        request = read_request(request)
         task = find_task(request.task, self.tasks)
-        return PreparedRequest(
-            request=request, task=task, rendered=self.renderer.render(task, request)
-        )
+        rendered = self.renderer.render(task, request)
+        self.model.check_ids(rendered.tokens)
+        return PreparedRequest(request=request, task=task, rendered=rendered)
 
     @torch.inference_mode()
     def forward(

@@ -46,6 +46,9 @@ def _unix_seconds(value: object) -> object:
         raise ValueError("should be Unix seconds or an ISO 8601 time")
     if not isinstance(value, str):
         return value
+    # Python reads strings of digits alone as dates of its own finding.
+    if not re.match("[0-9]{4}-[0-9]{2}-[0-9]{2}", value):
+        raise ValueError("should be Unix seconds or an ISO 8601 time that begins with YYYY-MM-DD")
     try:
         moment = datetime.fromisoformat(value)
     except ValueError as error:
@@ -56,7 +59,8 @@ def _unix_seconds(value: object) -> object:
 Text = Annotated[str, AfterValidator(_whole_text)]
 Value = Annotated[Any, BeforeValidator(_plain_value)]
 Time = Annotated[float, BeforeValidator(_unix_seconds)]
-_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+# Instances made in Python are checked as well when they come in a request.
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, revalidate_instances="always")
 
 
 @with_config(_STRICT)
@@ -117,12 +121,10 @@ class TrainingExample:
     Attributes:
         labels: the label of every candidate, in the request's order: its name, or a probability
             for each name (a soft label), or ``None`` where it is not known.
-        member: groups examples for per-member metrics.
     """
 
     request: ScoreRequest
     labels: tuple[str | Mapping[str, float] | None, ...]
-    member: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,7 +207,7 @@ _REQUEST = TypeAdapter(ScoreRequest)
 
 
 def read_request(data: Any) -> ScoreRequest:
-    """Check decoded JSON and make a request of it.
+    """Check decoded JSON, or a request made in Python, and make a request of it.
 
     Raises:
         RequestError: names each field that is wrong, missing or unknown.

@@ -57,10 +57,12 @@ def evaluate(
 
     from rankonce.datasets.movielens import read_rows
     from rankonce.environment import describe_environment
-    from rankonce.evaluation.plots import plot_evaluation
+    from rankonce.evaluation.plots import check_plot, plot_evaluation
     from rankonce.evaluation.protocols import evaluate_movies
     from rankonce.evaluation.report import render_table, to_json, to_markdown
 
+    if plot is not None:
+        check_plot(plot)
     ranker = load_ranker(
         model,
         device=device,

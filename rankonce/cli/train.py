@@ -41,7 +41,7 @@ def train(
         typer.Option(min=1, help="Bounds the memory of a pass.", show_default="the recipe's"),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Of everything.", show_default="the recipe's")
+        int | None, typer.Option(min=0, help="Of everything.", show_default="the recipe's")
     ] = None,
     task_file: TaskFileOption = None,
 ) -> None:
@@ -52,6 +52,8 @@ def train(
     from rankonce.prompts.tasks import load_task
     from rankonce.training.recipes import RECIPES, run_recipe
 
+    if model is not None and size is not None:
+        raise typer.BadParameter("is for training from scratch", param_hint="--size")
     quiet_transformers()
     if recipe not in RECIPES:
         raise TrainingError(f"recipe: should be one of {', '.join(RECIPES)}, is {recipe!r}")

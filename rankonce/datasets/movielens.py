@@ -107,8 +107,9 @@ def movie_rows(
     Raises:
         DataError: a column is missing, or a row names a film that items does not have.
     """
-    if "history_ids" not in rows.columns:
-        raise DataError(f"history_ids: should be a column of the rows, which have {rows.columns}")
+    for name in ("user_id", "item_id", "timestamp"):
+        read_whole_numbers(rows, name)
+    _check_histories(rows)
     films = read_films(items)
     known = rows if train is None else train
     past = [film for ids in rows["history_ids"].to_list() for film in ids or ()]
@@ -133,6 +134,17 @@ def movie_rows(
     )
 
 
+def _check_histories(rows: pl.DataFrame) -> None:
+    if "history_ids" not in rows.columns:
+        raise DataError(f"history_ids: should be a column of the rows, which have {rows.columns}")
+    histories = rows["history_ids"]
+    inner = getattr(histories.dtype, "inner", None)
+    if inner is None or not (inner.is_integer() or inner == pl.Null) or histories.null_count():
+        raise DataError(f"history_ids: should be lists of whole numbers, are {histories.dtype}")
+    if histories.list.drop_nulls().list.len().sum() < histories.list.len().sum():
+        raise DataError("history_ids: should hold whole numbers without nulls")
+
+
 def movie_examples(
     movies: MovieRows,
     *,
@@ -148,7 +160,8 @@ def movie_examples(
         candidates_per_example: rows of one example at most.
         seed: cut a member's rows at random places and order each example at random, differently
             for every seed; ``None`` cuts regularly and keeps the order.
-        shared_history: all rows of an example get the history of its first one, as of then. Else
+        shared_history: all rows of an example get the profile and history of its first one, as of
+            then, while each film is described as of its own row. Else
             only rows with the very same history and statistics of the member share an example.
         forgetting: the share of titles that become "untitled", year kept, and the largest share of
             events that are left out; needs a seed. A small set is else learnt by heart: a film by
@@ -163,9 +176,9 @@ def movie_examples(
     for index in order.tolist():
         by_member[users[index]].append(index)
     columns = _feature_columns(movies)
-    for user, indices in by_member.items():
+    for indices in by_member.values():
         for group in _groups(movies, indices, candidates_per_example, shared_history, random):
-            example = _example(movies, columns, user, group, random, smoothing)
+            example = _example(movies, columns, group, random, smoothing)
             yield _forget(example, forgetting, random) if forgetting and random else example
 
 
@@ -233,7 +246,6 @@ def _share(counts: Mapping[str, Floats], of: str, strength: float) -> Floats:
 def _example(
     movies: MovieRows,
     columns: Mapping[str, Floats],
-    user: int,
     indices: list[int],
     random: np.random.Generator | None,
     smoothing: float,
@@ -273,7 +285,6 @@ def _example(
             else None
             for index in indices
         ),
-        member=str(user),
     )
 
 

@@ -7,10 +7,26 @@ from pathlib import Path
 import numpy as np
 
 from rankonce.datasets.statistics import Floats
-from rankonce.errors import MissingDependencyError
+from rankonce.errors import DataError, MissingDependencyError
 from rankonce.evaluation.report import EvaluationRow
 
 _NUM_BINS = 10
+_FORMATS = (".png", ".svg", ".pdf")
+
+
+def check_plot(path: Path) -> None:
+    """Make sure that a plot can be drawn, before anything long is computed for it.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+        DataError: the suffix names no format.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError("matplotlib", extra="bench") from error
+    if path.suffix not in _FORMATS:
+        raise DataError(f"plot: should end in {', '.join(_FORMATS)}, is {path.name}")
 
 
 def plot_evaluation(
@@ -25,12 +41,11 @@ def plot_evaluation(
         cold: AUC by history length, by ranker.
 
     Raises:
-        MissingDependencyError: matplotlib is not installed.
+        MissingDependencyError, DataError: as ``check_plot``.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError("matplotlib", extra="bench") from error
+    check_plot(path)
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     calibration, by_history = figure.subplots(1, 2)
     calibration.plot([0, 1], [0, 1], color="0.7", linewidth=1)

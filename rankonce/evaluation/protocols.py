@@ -76,10 +76,10 @@ def evaluate_movies(
     if not len(labels):
         raise DataError("data: should hold at least one row")
     movies = movie_rows(data, items, train=train)
+    # The baselines first: they take seconds, and one may lack its library.
+    baselines = {key: score(train, items, data) for key, score in BASELINES.items()}
     scores, tokens = score_rows(ranker, movies)
-    by_name = {name: scores}
-    for baseline, score in BASELINES.items():
-        by_name[baseline] = score(train, items, data)
+    by_name = {name: scores, **baselines}
     members = read_whole_numbers(data, "user_id")
     lengths = data["history_ids"].list.len().fill_null(0).to_numpy()
     return Evaluation(

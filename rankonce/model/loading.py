@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from rankonce.errors import ModelError
+from rankonce.errors import ModelError, ShapeError
 from rankonce.layout import PassPart, TokenizedRequest
 from rankonce.model.attention import ATTENTION_NAME, register_segment_attention
 from rankonce.model.head import Head, head_of
@@ -19,6 +20,18 @@ from rankonce.model.packing import forward_pass, pack_pass
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Largest difference of logits between packed and separate, as a part of the largest logit.
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# What transformers raises for files that are missing, broken or hold values that make no sense.
+_UNUSABLE_FILES = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    ImportError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    StrictDataclassError,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +42,8 @@ class LoadedModel:
         network: the transformers model, its attention replaced.
         tokenizer: the checkpoint's fast tokenizer.
         head: the FP32 head.
-        max_prompt_tokens: the longest prompt: the context, or the sliding window if shorter.
+        max_prompt_tokens: the longest prompt: the context, or a window of its attention or the
+            reach of its short rotary factors if that is shorter.
         name: how the checkpoint was asked for.
     """
 
@@ -43,6 +57,24 @@ class LoadedModel:
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.head.weight_VD.device
+
+    def check_ids(self, request: TokenizedRequest) -> None:
+        """Refuse tokens that the tokenizer knows and the checkpoint has no embedding of.
+
+        Raises:
+            ModelError: names the token.
+        """
+        num_rows = min(
+            self.network.get_input_embeddings().weight.shape[0], self.head.weight_VD.shape[0]
+        )
+        parts = (request.prefix_ids, *request.segment_ids, *request.label_ids)
+        largest = max(max(ids) for ids in parts if ids)
+        if largest >= num_rows:
+            raise ModelError(
+                f"tokenizer: has token {largest}, "
+                f"{self.tokenizer.convert_ids_to_tokens(largest)!r}, but the checkpoint has rows "
+                f"for {num_rows} tokens only; they do not belong together"
+            )
 
 
 def load_model(
@@ -75,7 +107,7 @@ def load_model(
     _check_device(device)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-        _check_decoder_only(source, config)
+        _check_decoder_only(source, config, trust_remote_code)
         tokenizer = _load_tokenizer(source, trust_remote_code)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
@@ -88,7 +120,7 @@ def load_model(
         )
     except SafetensorError as error:
         raise ModelError(f"model: {source}: a safetensors file is broken: {error}") from error
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
+    except _UNUSABLE_FILES as error:
         raise ModelError(f"model: {source} cannot be loaded: {_first_line(error)}") from error
     network, report = loaded
     missing = sorted(report["missing_keys"])
@@ -109,10 +141,57 @@ def prepare_model(network: Any, tokenizer: Any, *, name: str) -> LoadedModel:
     """
     head = head_of(network)
     windows = check_packable(network, head)
-    limits = [*windows, getattr(network.config, "max_position_embeddings", None) or 2**31]
+    config = network.config.get_text_config()
+    limits = [*windows, *_mask_windows(config, windows), *_rope_limits(config)]
+    context = getattr(config, "max_position_embeddings", None) or 2**31
     return LoadedModel(
-        network=network, tokenizer=tokenizer, head=head, max_prompt_tokens=min(limits), name=name
+        network=network,
+        tokenizer=tokenizer,
+        head=head,
+        max_prompt_tokens=min([*limits, context]),
+        name=name,
     )
+
+
+def _mask_windows(config: Any, reported: set[int]) -> list[int]:
+    """Find the windows that a model applies by its mask alone.
+
+    Packed passes have no mask of transformers, so a window that the layers do not hand to their
+    attention is only seen in the configuration.
+
+    Args:
+        reported: windows that the layers handed over.
+    """
+    layer_types = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    if getattr(config, "use_sliding_window", None) is False:
+        window = None
+    if layer_types is None:
+        slides = not reported
+    else:
+        slides = any("sliding" in layer_type for layer_type in layer_types)
+    chunk = getattr(config, "attention_chunk_size", None)
+    chunks = layer_types is None or "chunked_attention" in layer_types
+    return [int(size) for size, used in ((window, slides), (chunk, chunks)) if size and used]
+
+
+def _rope_limits(config: Any) -> list[int]:
+    """Find the positions up to which rotary factors are those of a short prompt.
+
+    ``longrope`` chooses its factors by the longest position of a pass, so that a long prompt would
+    change the scores of the short ones beside it.
+    """
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    # Some models have one entry for each type of layer.
+    kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]
+    limits = []
+    for kind in kinds:
+        if kind.get("rope_type", kind.get("type")) in ("longrope", "su") or "long_factor" in kind:
+            limits += [
+                kind.get("original_max_position_embeddings"),
+                getattr(config, "original_max_position_embeddings", None),
+            ]
+    return [int(limit) for limit in limits if limit]
 
 
 @torch.no_grad()
@@ -138,16 +217,16 @@ def check_packable(network: Any, head: Head) -> set[int]:
     )
     was_training = network.training
     network.eval()
-    separate = [
-        network(torch.tensor([[*probe.prefix_ids, *segment]], device=device)).logits[0, -1]
-        for segment in probe.segment_ids
-    ]
-    use_segment_attention(network)
     part = PassPart(request=0, first=0, last=2, cached=False)
     batch = pack_pass([part], [probe], {}, keep_prefixes=False, device=device)
     try:
+        separate = [
+            network(torch.tensor([[*probe.prefix_ids, *segment]], device=device)).logits[0, -1]
+            for segment in probe.segment_ids
+        ]
+        use_segment_attention(network)
         hidden_CD = forward_pass(network, batch)
-    except (TypeError, AttributeError) as error:
+    except (TypeError, AttributeError, ValueError, RuntimeError, ShapeError) as error:
         raise ModelError(f"{name}: cannot take a packed pass: {_first_line(error)}") from error
     finally:
         network.train(was_training)
@@ -188,7 +267,7 @@ def _logits(head: Head, hidden_CD: Tensor) -> Tensor:
 def _load_tokenizer(source: str, trust_remote_code: bool) -> Any:
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
+    except _UNUSABLE_FILES as error:
         raise ModelError(
             f"tokenizer: {source} has none that can be loaded: {_first_line(error)}"
         ) from error
@@ -201,11 +280,15 @@ def _check_device(device: str) -> None:
         raise ModelError(f"device: {device!r} cannot be used: {_first_line(error)}") from error
 
 
-def _check_decoder_only(source: str, config: Any) -> None:
+def _check_decoder_only(source: str, config: Any, trust_remote_code: bool) -> None:
     classes = config.architectures or []
+    own_code = getattr(config, "auto_map", None) or {}
+    is_known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or (
+        trust_remote_code and "AutoModelForCausalLM" in own_code
+    )
     decoder_only = (
         not config.is_encoder_decoder
-        and config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        and is_known
         and all(name.endswith(("ForCausalLM", "LMHeadModel")) for name in classes)
     )
     if not decoder_only:

@@ -187,29 +187,34 @@ class TextEncoder:
 
 def _chat_frame(tokenizer: Any) -> tuple[str, str, str]:
     """Cut the chat template at the places where instruction and content stand."""
-    system = {"role": "system", "content": _INSTRUCTION_MARK}
-    user = {"role": "user", "content": _CONTENT_MARK}
+    system, user = ("system", _INSTRUCTION_MARK), ("user", _CONTENT_MARK)
     try:
-        text = _apply(tokenizer, [system, user])
+        text = _render_chat(tokenizer, [system, user])
     except Exception as error:  # templates raise what they like
         if "system" not in str(error).lower():
             raise ModelError(f"chat template: cannot be applied: {error}") from error
         text = ""
     if _INSTRUCTION_MARK not in text:
         # No system turn in this template: the instruction opens the member's own turn.
-        text = _apply(tokenizer, [user])
-        head, tail = text.split(_CONTENT_MARK)
+        try:
+            text = _render_chat(tokenizer, [user])
+        except Exception as error:  # templates raise what they like
+            raise ModelError(f"chat template: cannot be applied: {error}") from error
+        head, tail = _cut(text, _CONTENT_MARK, "the member's turn")
         return head, "", tail
-    head, rest = text.split(_INSTRUCTION_MARK)
-    middle, tail = rest.split(_CONTENT_MARK)
+    head, rest = _cut(text, _INSTRUCTION_MARK, "the system turn")
+    middle, tail = _cut(rest, _CONTENT_MARK, "the member's turn after that of the system")
     return head, middle, tail
 
 
-def _apply(tokenizer: Any, messages: list[dict[str, str]]) -> str:
-    text = _render_chat(tokenizer, [(turn["role"], turn["content"]) for turn in messages])
-    if _CONTENT_MARK not in text:
-        raise ModelError("chat template: drops the content of the member's turn")
-    return text
+def _cut(text: str, mark: str, turn: str) -> tuple[str, str]:
+    count = text.count(mark)
+    if not count:
+        raise ModelError(f"chat template: drops the content of {turn}")
+    if count > 1:
+        raise ModelError(f"chat template: writes the content of {turn} {count} times")
+    before, _, after = text.partition(mark)
+    return before, after
 
 
 def _chat_pieces(tokenizer: Any, turns: Sequence[tuple[str, str]]) -> list[tuple[str, bool]]:

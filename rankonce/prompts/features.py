@@ -54,6 +54,8 @@ class FieldSpec(BaseModel):
             raise ValueError("buckets should ascend without repeats")
         if self.type == "number" and len(self.words) != len(self.buckets) + 1:
             raise ValueError("words should hold one word more than there are buckets")
+        if any(not word or word[0].isspace() for word in self.words):
+            raise ValueError("words should not be empty or begin with white space")
         if self.words and self.type != "number":
             raise ValueError(f"words belong to type number, not {self.type}")
         if self.buckets and self.type in ("text", "list", "age"):

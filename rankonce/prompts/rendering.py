@@ -126,7 +126,10 @@ def _body(task: Task, request: ScoreRequest, events: Sequence[str]) -> str:
 
 
 def _segment_lines(task: Task, fields: Mapping[str, Value], path: str) -> list[str]:
-    lines = [task.candidate.separator.join(_write_lines(task.candidate, fields, path))]
+    written = _write_lines(task.candidate, fields, path)
+    if not written:
+        raise RequestError(f"{path}: leave no line of the task to write")
+    lines = [task.candidate.separator.join(written)]
     return [*lines, task.question] if task.question_in == "segment" else lines
 
 
@@ -149,6 +152,8 @@ def _write_events(task: Task, request: ScoreRequest) -> list[str]:
                 f"{path}.action: should be one of {', '.join(spec.actions)}, is {event.action!r}"
             )
         extra = {"action": " ".join(event.action.split())}
+        if not extra["action"]:
+            raise RequestError(f"{path}.action: should be text, is empty")
         if request.time is not None and event.time > request.time:
             raise RequestError(f"{path}.time: lies after the time of the request")
         if "age" in named:
@@ -177,7 +182,8 @@ def _write_lines(
     words = dict(extra or {})
     for name, spec in part.fields.items():
         value = fields.get(name)
-        if value is None and spec.impute_from is not None:
+        blank = value is None or (isinstance(value, str) and not value.strip())
+        if blank and spec.impute_from is not None:
             value = fields.get(spec.impute_from)
         if value is not None:
             words[name] = spell(value, spec, path=f"{path}.{name}")

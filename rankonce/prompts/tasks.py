@@ -143,6 +143,10 @@ class Task(_Strict):
             raise ValueError("labels: every name should stand once")
         if not self.candidate.lines:
             raise ValueError("candidate.lines: should hold at least one line")
+        for line in self.candidate.lines:
+            # Prefix and segment are encoded apart, which a space between them would undo.
+            if not line or line[0].isspace():
+                raise ValueError(f"candidate.lines: {line!r} should begin with a word")
         if self.ranking.kind == "log_odds" and self.ranking.label not in names:
             raise ValueError(f"ranking.label: should be one of {', '.join(names)}")
         if self.ranking.kind == "expected_grade" and any(x.grade is None for x in self.labels):

@@ -51,20 +51,32 @@ def latest_checkpoint(out: Path) -> tuple[int, Path] | None:
 def write_run_record(out: Path, record: dict[str, Any]) -> None:
     """Write what the run was made of, or check that a resumed run is the same one.
 
+    ``environments`` lists where each part of the run was computed.
+
     Raises:
-        TrainingError: the folder holds a run of another configuration.
+        TrainingError: the folder holds a run that was made of something else.
     """
     out.mkdir(parents=True, exist_ok=True)
     path = out / "run.json"
+    record = json.loads(json.dumps(record))
+    environments = []
     if path.exists():
-        before = json.loads(path.read_text())
-        for name in ("config", "data"):
-            if before[name] != json.loads(json.dumps(record[name])):
+        try:
+            before = json.loads(path.read_text())
+            environments = before.pop("environments")
+        except (json.JSONDecodeError, KeyError) as error:
+            raise TrainingError(f"out: {path} is not the record of a run: {error}") from error
+        for name in sorted(before.keys() | record.keys()):
+            if before.get(name) != record.get(name):
                 raise TrainingError(
                     f"out: {out} holds a run with another {name}; choose a new folder or the "
-                    f"{name} of before: {before[name]}"
+                    f"{name} of before: {before.get(name)}"
                 )
-    path.write_text(json.dumps({**record, "environment": describe_environment()}, indent=2) + "\n")
+    if (environment := describe_environment()) not in environments:
+        environments.append(environment)
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps({**record, "environments": environments}, indent=2) + "\n")
+    os.replace(unfinished, path)
 
 
 def cut_metrics(out: Path, last_step: int) -> None:

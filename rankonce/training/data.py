@@ -59,40 +59,38 @@ def read_examples(path: Path) -> list[TrainingExample]:
 
     A label is a name, or ``{"Yes": 0.7, "No": 0.3}``, or null where it is not known.
 
-    ``member`` may name the member; else the request's id does.
-
     Raises:
         DataError: names the line and the field.
     """
     examples = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        with path.open(encoding="utf-8", newline="\n") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    try:
+                        examples.append(_read_example(json.loads(line)))
+                    except (json.JSONDecodeError, RecursionError, RankOnceError) as error:
+                        raise DataError(f"{path}: line {number}: {error}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                examples.append(_read_example(json.loads(line), number))
-            except (json.JSONDecodeError, RankOnceError) as error:
-                raise DataError(f"{path}: line {number}: {error}") from error
     if not examples:
         raise DataError(f"{path}: should hold at least one example")
     return examples
 
 
-def _read_example(data: Any, number: int) -> TrainingExample:
+def _read_example(data: Any) -> TrainingExample:
     if not isinstance(data, dict):
         raise DataError("should be a JSON object")
     labels = data.pop("labels", None)
-    member = data.pop("member", None)
     request = read_request(data)
     if not isinstance(labels, list) or len(labels) != len(request.candidates):
         raise DataError(
             f"labels: should hold one label for each of {len(request.candidates)} candidates"
         )
-    return TrainingExample(
-        request=request, labels=tuple(labels), member=str(member or request.id or number)
-    )
+    for label in labels:
+        if not (label is None or isinstance(label, str | dict)):
+            raise DataError(f"labels: should be names, null or shares by name, hold {label!r}")
+    return TrainingExample(request=request, labels=tuple(labels))
 
 
 def tokenize_examples(
@@ -101,21 +99,32 @@ def tokenize_examples(
     """Render and tokenise, exactly as for scoring.
 
     Raises:
-        TaskError: a label that the task does not have.
+        DataError: says which example cannot be rendered, and why.
     """
-    for example in examples:
-        task = find_task(example.request.task, tasks)
-        yield TokenizedExample(
-            tokens=renderer.render(task, example.request).tokens,
-            targets=tuple(_target(label, task.label_names) for label in example.labels),
-        )
+    for number, example in enumerate(examples, start=1):
+        try:
+            yield _tokenize(example, renderer, tasks)
+        except RankOnceError as error:
+            raise DataError(f"example {number}: {error}") from error
+
+
+def _tokenize(
+    example: TrainingExample, renderer: Renderer, tasks: dict[str, Task]
+) -> TokenizedExample:
+    task = find_task(example.request.task, tasks)
+    return TokenizedExample(
+        tokens=renderer.render(task, example.request).tokens,
+        targets=tuple(_target(label, task.label_names) for label in example.labels),
+    )
 
 
 def _target(label: str | Mapping[str, float] | None, names: tuple[str, ...]) -> Target:
     if label is None:
         return None
     shares = {label: 1.0} if isinstance(label, str) else dict(label)
-    if not set(shares) <= set(names):
+    if not set(shares) <= set(names) or not all(
+        isinstance(x, int | float) for x in shares.values()
+    ):
         raise TaskError(f"labels: should be of {', '.join(names)}, is {label!r}")
     if min(shares.values()) < 0 or not math.isclose(sum(shares.values()), 1.0, abs_tol=1e-6):
         raise TaskError(f"labels: probabilities should be from 0 and sum to 1, are {label!r}")

@@ -10,7 +10,7 @@ import argparse
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import polars as pl
@@ -102,13 +102,8 @@ def demo_requests(data: Path) -> list[ScoreRequest]:
         )
         movies = movie_rows(add_histories(asked, known), items, train=add_histories(known, known))
         (example,) = movie_examples(movies, candidates_per_example=len(films), shared_history=True)
-        requests.append(_named(example.request, name))
+        requests.append(replace(example.request, id=name))
     return requests
-
-
-def _named(request: ScoreRequest, name: str) -> ScoreRequest:
-    fields = {key: getattr(request, key) for key in request.__dataclass_fields__}
-    return ScoreRequest(**{**fields, "id": name})
 
 
 def _find(films: pl.DataFrame, title: str) -> int:

@@ -99,6 +99,7 @@ def train(
     *,
     tasks: dict[str, Task],
     config: TrainConfig,
+    max_prompt_tokens: int,
     record: dict[str, Any] | None = None,
 ) -> None:
     """Fine-tune a model at its score rows and write it to ``out``.
@@ -109,7 +110,8 @@ def train(
 
     Args:
         network: a transformers causal language model in fp32.
-        record: what else the run record should say.
+        max_prompt_tokens: the longest prompt, the same as in serving.
+        record: what else the run record should say; a resumed run must say the same.
 
     Raises:
         TrainingError: ``out`` holds another run.
@@ -123,6 +125,9 @@ def train(
         raise MissingDependencyError(error.name or "accelerate", extra="train") from error
 
     write_run_record(out, {"config": asdict(config), "data": data.fingerprint, **(record or {})})
+    for name, table in data.split.items():
+        (out / "split").mkdir(exist_ok=True)
+        table.write_parquet(out / "split" / f"{name}.parquet")
     accelerator = Accelerator()
     if accelerator.num_processes > 1:
         raise TrainingError("processes: one process only; several would train on the same rows")
@@ -137,8 +142,7 @@ def train(
     averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.averaging))
     network, optimizer = accelerator.prepare(network, optimizer)
     accelerator.register_for_checkpointing(averaged)
-    context = accelerator.unwrap_model(network).config.max_position_embeddings
-    renderer = Renderer(TextEncoder(tokenizer), max_prompt_tokens=context)
+    renderer = Renderer(TextEncoder(tokenizer), max_prompt_tokens=max_prompt_tokens)
 
     done = 0
     if newest := latest_checkpoint(out):
@@ -198,7 +202,10 @@ def add_dropout(network: Any, share: float) -> None:
     """
     if not share:
         return
-    for layer in network.base_model.layers:
+    layers = getattr(network.base_model, "layers", None)
+    if layers is None:
+        raise TrainingError(f"dropout: {type(network).__name__} has no layers of the usual form")
+    for layer in layers:
         for name in ("self_attn", "mlp"):
             if not hasattr(layer, name):
                 raise TrainingError(f"dropout: {type(layer).__name__} has no {name}; leave it at 0")
@@ -261,6 +268,8 @@ def _optimize(
     total = 0.0
     optimizer.zero_grad()
     for part in split_by_tokens(examples, max_tokens_per_pass=config.max_tokens_per_pass):
+        if not any(example.num_labels for example in part):
+            continue
         loss = label_loss(network, pack_examples(part, accelerator.device)) / max(1, num_labels)
         if not torch.isfinite(loss):
             raise NumericsError(

@@ -7,17 +7,19 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from rankonce.datasets.ml_small import add_passed_over, read_ml_small, split_each_member
 from rankonce.datasets.movielens import movie_examples, movie_rows, read_rows
+from rankonce.datasets.statistics import read_whole_numbers
 from rankonce.errors import DataError
 from rankonce.model.loading import load_model
-from rankonce.model.sizes import build_model
+from rankonce.model.sizes import CONTEXT_TOKENS, build_model
 from rankonce.prompts.encoding import TextEncoder
 from rankonce.prompts.rendering import Renderer
 from rankonce.prompts.tasks import Task, find_task, library_tasks
 from rankonce.records import TrainingExample
+from rankonce.training.checkpoint import latest_checkpoint
 from rankonce.training.data import read_examples
 from rankonce.training.loop import TrainConfig, TrainingData, train
 from rankonce.training.tokenizer import train_tokenizer
@@ -107,16 +109,18 @@ def run_recipe(
     """
     known = {**library_tasks(), **{task.name: task for task in tasks}}
     loaded = recipe.load(data, recipe.config)
-    if model is None:
-        tokenizer = _tokenizer_for(list(loaded.epoch(0)), known)
-        network = build_model(recipe.size, seed=recipe.config.seed)
-    else:
+    first = list(loaded.epoch(0))
+    used = [find_task(name, known) for name in sorted({e.request.task for e in first})]
+    newest = latest_checkpoint(out)
+    if model is not None:
         start = load_model(model, precision="fp32")
-        network, tokenizer = start.network, start.tokenizer
-    for name, table in loaded.split.items():
-        path = out / "split" / f"{name}.parquet"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        table.write_parquet(path)
+        network, tokenizer, limit = start.network, start.tokenizer, start.max_prompt_tokens
+    else:
+        network, limit = build_model(recipe.size, seed=recipe.config.seed), CONTEXT_TOKENS
+        # A resumed run keeps its tokens: the weights were trained on them.
+        tokenizer = (
+            AutoTokenizer.from_pretrained(newest[1]) if newest else _tokenizer_for(first, used)
+        )
     train(
         network,
         tokenizer,
@@ -124,8 +128,13 @@ def run_recipe(
         out,
         tasks=known,
         config=recipe.config,
+        max_prompt_tokens=limit,
         record={
             "recipe": recipe.name,
+            "tasks": {
+                task.name: hashlib.sha256(task.model_dump_json().encode()).hexdigest()
+                for task in used
+            },
             "size": recipe.size if model is None else None,
             "model": model,
         },
@@ -135,7 +144,7 @@ def run_recipe(
 def _load_ml1m(folder: Path, config: TrainConfig) -> TrainingData:
     names = ("train.parquet", "valid.parquet", "items.parquet")
     train_rows, valid_rows, items = (read_rows(folder / name) for name in names)
-    moments = np.sort(train_rows["timestamp"].to_numpy())
+    moments = np.sort(read_whole_numbers(train_rows, "timestamp"))
 
     def epoch(number: int) -> Iterable[TrainingExample]:
         # A ranker serves what comes after the statistics that it is told were counted. Every epoch
@@ -201,15 +210,15 @@ def fingerprint(path: Path) -> str:
 
 
 def _tokenizer_for(
-    examples: Sequence[TrainingExample], tasks: dict[str, Task]
+    examples: Sequence[TrainingExample], tasks: Sequence[Task]
 ) -> PreTrainedTokenizerFast:
     """Train a tokenizer on prompts, rendered with one that knows bytes and labels only."""
-    used = [find_task(name, tasks) for name in sorted({e.request.task for e in examples})]
-    bytewise = train_tokenizer([" "], used)
+    by_name = {task.name: task for task in tasks}
+    bytewise = train_tokenizer([" "], tasks)
     renderer = Renderer(TextEncoder(bytewise), max_prompt_tokens=2**31)
     texts = []
     for example in examples[:_NUM_TOKENIZER_EXAMPLES]:
-        rendered = renderer.render(find_task(example.request.task, tasks), example.request)
+        rendered = renderer.render(by_name[example.request.task], example.request)
         texts.append(rendered.prefix.removeprefix(bytewise.bos_token))
         texts += rendered.segments
-    return train_tokenizer(texts, used)
+    return train_tokenizer(texts, tasks)

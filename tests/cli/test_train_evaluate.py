@@ -78,7 +78,7 @@ def test_a_recipe_trains_a_checkpoint_that_is_measured_beside_baselines(
     record = json.loads((out / "run.json").read_text())
     assert record["recipe"] == "ml1m"
     assert set(record["data"]) == {"train.parquet", "valid.parquet", "items.parquet"}
-    assert record["environment"]["commit"]
+    assert record["environments"][0]["commit"]
 
     done = evaluate(run, data, "--model", out, "--json")
     assert done.exit_code == 0, done.err
@@ -112,6 +112,25 @@ def test_an_unknown_size_is_named(run: Command, data: Path, tmp_path: Path) -> N
     done = run("train", "ml1m", "--data", data, "--out", tmp_path / "x", "--size", "7b")
     assert done.exit_code == 1
     assert "size: should be one of 1m, 3m" in done.err
+
+
+def test_a_size_and_a_checkpoint_are_bad_usage(
+    run: Command, data: Path, model: Path, tmp_path: Path
+) -> None:
+    done = run(
+        "train", "ml1m", "--data", data, "--out", tmp_path / "x", "--size", "1m", "--model", model
+    )
+    assert done.exit_code == 2
+
+
+def test_a_plot_of_an_unknown_format_is_named_before_anything_is_scored(
+    run: Command, data: Path, model: Path
+) -> None:
+    done = evaluate(run, data, "--model", model, "--plot", data / "x.doc")
+    assert (done.exit_code, done.err) == (
+        1,
+        "error: plot: should end in .png, .svg, .pdf, is x.doc\n",
+    )
 
 
 def test_data_without_a_column_are_named(

@@ -92,6 +92,13 @@ def test_a_seed_shuffles_and_cuts_but_keeps_every_row_once() -> None:
     [
         (ROWS.drop("history_ids"), ITEMS, "history_ids"),
         (ROWS.drop("timestamp"), ITEMS, "timestamp"),
+        (ROWS.drop("item_id"), ITEMS, "item_id"),
+        (ROWS.with_columns(history_ids=pl.lit(3)), ITEMS, "history_ids: should be lists"),
+        (
+            ROWS.with_columns(history_ids=pl.Series([[], [None], [1], [], [1]])),
+            ITEMS,
+            "history_ids: should hold whole numbers without nulls",
+        ),
         (ROWS, ITEMS.head(2), "are in no row of items"),
         (ROWS, ITEMS.drop("title"), "title"),
     ],

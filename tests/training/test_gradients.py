@@ -23,7 +23,6 @@ def build_examples(tokenizer: Any) -> list[TokenizedExample]:
             labels=tuple(
                 ["Yes", {"Yes": 0.3, "No": 0.7}, None][(i + seed) % 3] for i in range(count)
             ),
-            member=str(seed),
         )
         for seed, count in enumerate((5, 1, 8))
     ]

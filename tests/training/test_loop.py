@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rankonce.errors import DataError, NumericsError, RankOnceError, TaskError, TrainingError
+from rankonce.errors import DataError, NumericsError, RankOnceError, TrainingError
 from rankonce.model.sizes import SIZES, build_model
 from rankonce.prompts.tasks import library_tasks
 from rankonce.ranker import Ranker
@@ -161,19 +161,63 @@ def test_another_configuration_does_not_continue_a_run(trained: Path) -> None:
         run(trained.parent, "straight", replace(CONFIG, learning_rate=1.0))
 
 
+def test_a_reworded_task_does_not_continue_a_run(trained: Path) -> None:
+    task = library_tasks()["movie-like"]
+    reworded = task.model_copy(update={"question": "Will it be liked? Answer Yes or No."})
+    recipe = replace(examples(), config=CONFIG, size="1m")
+    with pytest.raises(TrainingError, match="another tasks"):
+        run_recipe(recipe, trained.parent / "examples.jsonl", trained, tasks=[reworded])
+
+
+def test_a_torn_run_record_is_named(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "examples.jsonl").write_text((trained.parent / "examples.jsonl").read_text())
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "run.json").write_text('{"config": {')
+    with pytest.raises(TrainingError, match=r"run\.json is not the record of a run"):
+        run(tmp_path, "torn")
+
+
+def test_examples_without_any_known_label_are_passed_over(tmp_path: Path) -> None:
+    line = {"task": "movie-like", "candidates": [{"fields": {"title": "x"}}], "labels": [None]}
+    write_examples(tmp_path / "examples.jsonl", count=2)
+    with (tmp_path / "examples.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    # Each example has a pass of its own under this budget, the unknown one too.
+    out = run(tmp_path, "out", replace(CONFIG, epochs=1, max_tokens_per_pass=1))
+    assert sum(step["labels"] for step in metrics(out)) == 12
+
+
+def test_a_line_separator_inside_a_title_does_not_end_a_line(tmp_path: Path) -> None:
+    line = {
+        "task": "movie-like",
+        "candidates": [{"fields": {"title": "a\u2028b"}}],
+        "labels": ["No"],
+    }
+    path = tmp_path / "examples.jsonl"
+    path.write_text(json.dumps(line, ensure_ascii=False) + "\n", encoding="utf-8")
+    (example,) = read_examples(path)
+    assert example.request.candidates[0].fields["title"] == "a\u2028b"
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     tokenizer = build_tokenizer()
     network = build_network("llama")
     torch.nn.init.constant_(network.lm_head.weight, torch.nan)
     data = TrainingData(
-        epoch=lambda _: [
-            TrainingExample(request=build_request(2), labels=("Yes", "No"), member="1")
-        ],
+        epoch=lambda _: [TrainingExample(request=build_request(2), labels=("Yes", "No"))],
         valid=[],
         fingerprint={},
     )
     with pytest.raises(NumericsError, match="loss"):
-        train(network, tokenizer, data, tmp_path, tasks=library_tasks(), config=CONFIG)
+        train(
+            network,
+            tokenizer,
+            data,
+            tmp_path,
+            tasks=library_tasks(),
+            config=CONFIG,
+            max_prompt_tokens=4096,
+        )
 
 
 def test_every_example_is_in_exactly_one_step(tokenizer: Any) -> None:
@@ -219,13 +263,13 @@ def test_every_recipe_builds(name: str) -> None:
         ),
         (
             '{"task": "movie-like", "candidates": [{"fields": {"title": "x"}}], "labels": ["Hm"]}',
-            TaskError,
-            "Yes, No",
+            DataError,
+            "example 1: labels: should be of Yes, No",
         ),
         (
             '{"task": "movie-like", "candidates": [{"fields": {"title": "x"}}],'
             ' "labels": [{"Yes": 0.5, "No": 0.6}]}',
-            TaskError,
+            DataError,
             "sum to 1",
         ),
         (
