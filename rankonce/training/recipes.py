@@ -60,7 +60,9 @@ def ml1m() -> Recipe:
         description="will the member like the film; MovieLens-1M, CoLLM's split by time",
         load=_load_ml1m,
         size="1m",
-        config=TrainConfig(epochs=6, labels_per_step=64, learning_rate=1.5e-3, dropout=0.1, seed=1),
+        config=TrainConfig(
+            epochs=4, labels_per_step=64, learning_rate=1.5e-3, dropout=0.1, averaging=0.99, seed=1
+        ),
     )
 
 
