@@ -31,7 +31,7 @@ from rankonce.errors import (
 from rankonce.model.loading import LoadedModel
 from rankonce.prompts.tasks import library_tasks
 from rankonce.ranker import Ranker
-from rankonce.records import read_request
+from rankonce.records import Event, Item, ScoreRequest, read_request
 from tests.conftest import build_network, build_tokenizer
 
 GOOD: dict[str, Any] = {
@@ -97,6 +97,8 @@ REQUESTS: list[tuple[Any, str]] = [
         "profile.age: unknown field; the task knows num_ratings",
     ),
     (changed("time", value="yesterday"), "time: should be Unix seconds or an ISO 8601 time"),
+    (changed("time", value="1612011200000"), "time: should be Unix seconds or an ISO 8601 time"),
+    (changed("time", value="20240517T1800"), "time: should be Unix seconds or an ISO 8601 time"),
     (changed("time", value=NAN), "time: Input should be a finite number"),
     (changed("time", value=True), "time: should be Unix seconds"),
     (changed("history", value={}), "history: Input should be a valid tuple"),
@@ -135,6 +137,59 @@ def test_a_fault_in_a_request_is_told_with_its_field(
     with pytest.raises((RequestError, TaskError)) as caught:
         ranker.score(read_request(data))
     assert str(caught.value).startswith(message)
+
+
+HEAT = Item(fields={"title": "Heat"})
+
+
+def made(*candidates: Item, time: float | None = 5, event_time: float = 1) -> ScoreRequest:
+    """Make a request in Python, which checks no type."""
+    event = Event(item=HEAT, action="liked", time=event_time)
+    return ScoreRequest(task="movie-like", candidates=candidates, history=(event,), time=time)
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (made(), "candidates: should hold at least one candidate"),
+        (made(HEAT, event_time=None), "history[0].time: Input"),  # type: ignore[arg-type]
+        (made(HEAT, event_time=NAN), "history[0].time: Input should be a finite number"),
+        (made(HEAT, time=NAN), "time: Input should be a finite number"),
+        (made(Item(fields={"title": "\ud800"})), "candidates[0].fields.title: should be text, hol"),
+        (made(HEAT, Item(fields={"title": {}})), "candidates[1].fields.title: should be text, a"),
+        (made("Heat"), "candidates[0]: Input"),  # type: ignore[arg-type]
+    ],
+)
+def test_a_request_made_in_python_is_checked_as_json_is(
+    ranker: Ranker, request_: ScoreRequest, message: str
+) -> None:
+    with pytest.raises(RequestError) as caught:
+        ranker.prepare(request_)
+    assert str(caught.value).startswith(message)
+
+
+def test_a_tuple_of_texts_is_read_as_a_list(ranker: Ranker) -> None:
+    genres = ("Action", "Drama")
+    rendered = ranker.prepare(made(Item(fields={"title": "Up", "genres": genres}))).rendered
+    assert rendered.segments[0].startswith("Film: Up · Action, Drama")
+
+
+def test_an_action_without_a_word_is_refused(ranker: Ranker) -> None:
+    data = changed("history", 0, "action", value=" ")
+    data |= {"task": "similar-item", "profile": {"source_title": "Up"}}
+    with pytest.raises(RequestError, match=r"^history\[0\]\.action: should be text, is empty"):
+        ranker.score(read_request(data))
+
+
+def test_a_blank_text_counts_as_missing_where_another_field_stands_in(ranker: Ranker) -> None:
+    def prefix(profile: dict[str, str]) -> str:
+        data = {"task": "similar-item", "profile": profile, "candidates": GOOD["candidates"]}
+        return ranker.prepare(read_request(data)).rendered.prefix
+
+    without = prefix({"source_title": "Up"})
+    assert prefix({"source_title": "Up", "query": ""}) == without
+    assert prefix({"source_title": "Up", "query": "\n "}) == without
+    assert prefix({"source_title": "Up", "query": "balloon"}) != without
 
 
 def test_all_faults_of_a_request_are_told_at_once() -> None:

@@ -116,10 +116,10 @@ def _ranking(request: "ScoreRequest", result: "ScoreResult", other: "ScoreResult
         title_justify="left",
     )
     table.add_column("rank", justify="right")
-    table.add_column("film", no_wrap=True, max_width=48)
-    table.add_column("genres", no_wrap=True, max_width=34)
-    table.add_column("P(Yes)", justify="right")
-    table.add_column("other's", justify="right")
+    table.add_column("film", no_wrap=True, max_width=44)
+    table.add_column("genres", no_wrap=True, max_width=30)
+    table.add_column("P(Yes)", justify="right", min_width=6)
+    table.add_column("other's", justify="right", min_width=7)
     ranked = result.ranked()
     films = {candidate.id: candidate for candidate in request.candidates}
     elsewhere = {candidate.id: candidate.rank for candidate in other.candidates}

@@ -1,4 +1,4 @@
-"""Shapes of the questions that the server takes and of its answers.
+"""Shapes of the questions that the server takes; those of its answers are in ``answers``.
 
 Unknown fields are refused everywhere. Fields that ask for what cannot be given are declared with
 the values that ask for nothing, so that the refusal names them.

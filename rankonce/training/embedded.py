@@ -3,7 +3,8 @@
     python -m rankonce.training.embedded RUN --data ML_SMALL_FOLDER --out rankonce/embedded
 
 Writes the weights in fp16 (they are computed with in fp32), the tokenizer, the data's licence and
-``demo.jsonl``: two members of opposite taste and the same hundred films for both.
+``demo.jsonl``: two members of opposite taste and the same hundred films for both, fifty of either
+taste.
 """
 
 import argparse
@@ -24,6 +25,8 @@ from rankonce.records import ScoreRequest
 from rankonce.training.checkpoint import save_model
 
 _NUM_FILMS = 100
+# Half of the films are of one taste and not the other: the most rated ones.
+_TASTES = ("Animation|Children|Musical|Romance", "Horror|Thriller|Sci-Fi")
 # Films by their beginning, unique among the popular ones.
 _MEMBERS: dict[str, dict[str, Sequence[str]]] = {
     "Ada, who loves animation, musicals and romance": {
@@ -72,7 +75,12 @@ def demo_requests(data: Path) -> list[ScoreRequest]:
         for name, taste in _MEMBERS.items()
     }
     seen = {film for events in own.values() for film, _ in events}
-    films = [film for film in popular["item_id"].to_list() if film not in seen][:_NUM_FILMS]
+    films = []
+    for taste, other in (_TASTES, _TASTES[::-1]):
+        fitting = popular.filter(
+            pl.col("genres").str.contains(taste) & ~pl.col("genres").str.contains(other)
+        )
+        films += [film for film in fitting["item_id"] if film not in seen][: _NUM_FILMS // 2]
     requests = []
     for number, (name, events) in enumerate(own.items()):
         user = -1 - number

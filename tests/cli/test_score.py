@@ -153,6 +153,28 @@ def test_an_empty_file_gives_no_results(run: Command, model: Path, tmp_path: Pat
     assert done.err.startswith("scored 0 requests")
 
 
+def test_a_candidate_without_a_line_is_rejected_and_the_run_goes_on(
+    run: Command, model: Path, tmp_path: Path
+) -> None:
+    task = tmp_path / "song-skip.yaml"
+    task.write_text(
+        "{name: song-skip, description: d, instruction: i, question: q, "
+        "candidate: {fields: {title: {}}, lines: ['Song: {title}']}, "
+        "labels: [{name: 'Yes'}, {name: 'No'}], ranking: {kind: log_odds, label: 'No'}}"
+    )
+    titles: list[dict[str, str]] = [{"title": "Help!"}, {}, {"title": "Yesterday"}]
+    lines = [
+        {"task": "song-skip", "candidates": [{"fields": {"title": "Girl"}}, {"fields": fields}]}
+        for fields in titles
+    ]
+    path, out = write_lines(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
+    assert run("score", path, "--model", model, "--task-file", task, "--out", out).exit_code == 0
+    assert [record["line"] for record in read_json_lines(out)] == [1, 3]
+    (reject,) = read_json_lines(tmp_path / "out.jsonl.rejects.jsonl")
+    reason = "candidates[1].fields: leave no line of the task to write"
+    assert (reject["line"], reject["reason"]) == (2, reason)
+
+
 @pytest.mark.parametrize("as_text", [(), ("candidates",), ("profile", "history", "candidates")])
 def test_parquet_rows_score_as_json_lines(
     run: Command,

@@ -257,6 +257,22 @@ def test_without_a_system_role_the_instruction_opens_the_turn_of_the_user(
         ("{{ bos_token }}", "chat template: drops the content"),
         ("{{ raise_exception('no turns today') }}", "chat template: cannot be applied"),
         ("{% for m in messages", "chat template: cannot be applied"),
+        (
+            "{{ raise_exception('no system') if messages[0].role == 'system' else no.such.name }}",
+            "chat template: cannot be applied",
+        ),
+        (
+            "{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}",
+            "chat template: writes the content of the system turn 2 times",
+        ),
+        (
+            "{{ messages[-1].content }}{{ messages[-1].content }}",
+            "chat template: writes the content of the member's turn 2 times",
+        ),
+        (
+            "{{ messages[-1].content }}{{ messages[0].content }}",
+            "chat template: .* the member's turn",
+        ),
     ],
 )
 def test_a_template_that_cannot_hold_the_prompt_is_refused(template: str, fault: str) -> None:

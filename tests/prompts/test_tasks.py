@@ -74,6 +74,19 @@ FAULTS: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
     ),
     ("candidate: Field required", lambda d: d.pop("candidate")),
     ("candidate.lines: should hold at least one line", lambda d: d["candidate"].update(lines=[])),
+    *[
+        (
+            f"candidate.lines: {line!r} should begin",
+            lambda d, line=line: d["candidate"].update(lines=["Song: {title}", line]),
+        )
+        for line in ("", " {title}", "\n{title}", "\u2003{title}")
+    ],
+    (
+        "candidate.fields.title: words should not be empty or begin with white space",
+        lambda d: d["candidate"]["fields"]["title"].update(
+            type="number", buckets=[1], words=["a", " "]
+        ),
+    ),
     (
         "candidate: line '{year}' names 'year', which is not under fields",
         lambda d: d["candidate"]["lines"].append("{year}"),

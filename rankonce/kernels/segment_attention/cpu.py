@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rankonce.kernels.segment_attention.spans import SegmentSpans
 
-# Padding wastes at most this share of a block's rows before segments get a block of their own.
+# A block's longest segment over its shortest, at most; lengths up to 5 share a block.
 _MAX_LENGTH_RATIO = 1.25
 
 
