@@ -52,6 +52,8 @@ CONFIG = TrainConfig(
     labels_per_step=24,
     max_tokens_per_pass=900,
     learning_rate=3e-3,
+    averaging=0.5,
+    dropout=0.05,
     steps_per_checkpoint=4,
 )
 
@@ -84,6 +86,16 @@ def test_a_finished_run_is_a_checkpoint_that_ranks(trained: Path) -> None:
     assert result.distinct_score_ratio == 1.0
     assert (trained / "run.json").is_file()
     assert any((trained / "tensorboard").iterdir())
+
+
+def test_a_run_from_a_checkpoint_starts_where_that_one_ended(trained: Path) -> None:
+    out = trained.parent / "continued"
+    recipe = replace(examples(), config=replace(CONFIG, epochs=1, learning_rate=1e-5))
+    run_recipe(recipe, trained.parent / "examples.jsonl", out, model=str(trained))
+    before, after = metrics(trained), metrics(out)
+    first = sum(step["loss"] for step in before[: len(after)])
+    assert sum(step["loss"] for step in after) < 0.7 * first
+    assert (out / "tokenizer.json").read_text() == (trained / "tokenizer.json").read_text()
 
 
 def test_a_stopped_run_resumes_with_the_same_bits(
