@@ -35,13 +35,6 @@ _STRENGTH = 4.0
 _FILM_STRENGTH, _MEMBER_STRENGTH = 5.0, 20.0
 
 
-_STATISTICS = (
-    "num_ratings",
-    "like_share",
-    "num_raters",
-    "genre_like_share",
-    "expected_like_share",
-)
 # film, liked, Unix seconds
 PastEvent = tuple[int, bool, int]
 
@@ -160,7 +153,6 @@ def movie_examples(
     shared_history: bool = True,
     forgetting: float = 0.0,
     smoothing: float = 0.0,
-    silence: float = 0.0,
 ) -> Iterator[TrainingExample]:
     """Group rows of a member, in the order of time, into examples.
 
@@ -174,8 +166,6 @@ def movie_examples(
         forgetting: the share of titles that become "untitled", year kept, and the largest share of
             events that are left out; needs a seed. A small set is else learnt by heart: a film by
             its title and a member by the history, instead of by what is said of them.
-        silence: the share of statistics, each by itself, that are left out; needs a seed. It
-            teaches to rank where callers know titles and genres only.
         smoothing: labels become soft: this part of them is the expected share that the prompt
             tells, which a few rows of one member and film cannot know better.
     """
@@ -189,11 +179,7 @@ def movie_examples(
     for indices in by_member.values():
         for group in _groups(movies, indices, candidates_per_example, shared_history, random):
             example = _example(movies, columns, group, random, smoothing)
-            if random is not None and forgetting:
-                example = _forget(example, forgetting, random)
-            if random is not None and silence:
-                example = _silence(example, silence, random)
-            yield example
+            yield _forget(example, forgetting, random) if forgetting and random else example
 
 
 def _groups(
@@ -323,20 +309,6 @@ def _forget(example: TrainingExample, share: float, random: np.random.Generator)
             ),
             candidates=tuple(_untitle(film, share, random) for film in request.candidates),
         ),
-    )
-
-
-def _silence(
-    example: TrainingExample, share: float, random: np.random.Generator
-) -> TrainingExample:
-    def heard(fields: Mapping[str, Value]) -> dict[str, Value]:
-        kept = {name: random.random() >= share for name in _STATISTICS}
-        return {name: value for name, value in fields.items() if kept.get(name, True)}
-
-    request = example.request
-    films = tuple(replace(film, fields=heard(film.fields)) for film in request.candidates)
-    return replace(
-        example, request=replace(request, profile=heard(request.profile), candidates=films)
     )
 
 

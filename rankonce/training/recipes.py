@@ -30,8 +30,6 @@ _PRESENT_SHARE = (0.2, 0.8)
 _FORGETTING = 0.8
 # Part of a label that is what the averages lead one to expect.
 _SMOOTHING = 0.7
-# Statistics that the embedded ranker is not told: many of its callers will not have them.
-_SILENCE = 0.4
 # Of every member's rows, the newest.
 HELD_OUT_SHARE = 0.1
 _PASSED_OVER_PER_LIKE = 1
@@ -76,7 +74,7 @@ def ml_small() -> Recipe:
         load=_load_ml_small,
         size="1m",
         config=TrainConfig(
-            epochs=1, labels_per_step=96, learning_rate=1.5e-3, dropout=0.1, averaging=0.99, seed=1
+            epochs=2, labels_per_step=128, learning_rate=1.5e-3, dropout=0.1, seed=1
         ),
     )
 
@@ -184,7 +182,7 @@ def _load_ml_small(folder: Path, config: TrainConfig) -> TrainingData:
         seed = 1000 * config.seed + number
         rows = add_passed_over(train_rows, train_rows, per_like=_PASSED_OVER_PER_LIKE, seed=seed)
         movies = movie_rows(rows, items, train=train_rows)
-        return movie_examples(movies, candidates_per_example=48, seed=seed, silence=_SILENCE)
+        return movie_examples(movies, candidates_per_example=48, seed=seed)
 
     held_out = add_passed_over(valid_rows, ratings, per_like=_PASSED_OVER_PER_LIKE, seed=0)
     return TrainingData(

@@ -110,18 +110,6 @@ def test_missing_columns_and_films_are_named(
         movie_rows(rows, items)
 
 
-def test_silence_leaves_out_statistics_and_forgetting_titles_and_events() -> None:
-    movies = movie_rows(ROWS, ITEMS)
-    options = {"candidates_per_example": 10, "seed": 0}
-    (silent, *_) = movie_examples(movies, silence=1.0, **options)  # type: ignore[arg-type]
-    assert silent.request.profile == {}
-    assert {name for c in silent.request.candidates for name in c.fields} == {"title", "genres"}
-    (forgotten, *_) = movie_examples(movies, forgetting=1.0, **options)  # type: ignore[arg-type]
-    for candidate in forgotten.request.candidates:
-        assert str(candidate.fields["title"]).startswith("untitled (")
-        assert "genres" in candidate.fields
-
-
 def test_a_file_that_is_not_parquet_is_named(tmp_path) -> None:
     path = tmp_path / "rows.parquet"
     path.write_text("no")
