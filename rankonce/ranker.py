@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rankonce.errors import NumericsError
+from rankonce.errors import NumericsError, RankOnceError
 from rankonce.layout import PassPart, TokenizedRequest, plan_passes
 from rankonce.model.loading import LoadedModel, load_model
 from rankonce.model.packing import forward_pass, pack_pass
@@ -132,6 +132,9 @@ class Ranker:
         """Score requests in their order, as many in a pass as fit, with a progress bar on stderr.
 
         Results come as soon as their pass is done, so any number of requests can be streamed.
+
+        Raises:
+            RankOnceError: a request cannot be used; the answers to those before it come first.
         """
         from rich.console import Console
         from rich.progress import track
@@ -148,7 +151,12 @@ class Ranker:
         waiting: list[PreparedRequest] = []
         tokens = 0
         for request in stream:
-            waiting.append(self.prepare(request))
+            try:
+                waiting.append(self.prepare(request))
+            except RankOnceError:
+                # What came before the request at fault is answered all the same.
+                yield from self._finish_all(waiting)
+                raise
             usage = waiting[-1].rendered.tokens
             tokens += len(usage.prefix_ids) + sum(map(len, usage.segment_ids))
             if tokens >= self.config.max_tokens_per_pass:

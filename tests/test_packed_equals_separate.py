@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from rankonce.errors import TaskError
 from rankonce.model.loading import LoadedModel, prepare_model
 from rankonce.ranker import Ranker, RankerConfig
 from rankonce.records import CandidateScore, ScoreRequest, ScoreResult
@@ -121,6 +122,15 @@ def test_scores_equal_plain_transformers_on_the_rendered_text(
         assert list(score.log_probs.values()) == pytest.approx(
             logits.log_softmax(-1).tolist(), abs=TOLERANCE, rel=0
         )
+
+
+def test_a_bad_request_does_not_cost_the_answers_before_it(load_random: Load) -> None:
+    requests = [build_request(2, seed=1), build_request(3, seed=2), build_request(1)]
+    requests[2] = replace(requests[2], task="nobody-defined-this")
+    stream = ranker_of(load_random("llama")).score_many(requests, progress=False)
+    assert [len(next(stream).candidates) for _ in range(2)] == [2, 3]
+    with pytest.raises(TaskError, match="nobody-defined-this"):
+        next(stream)
 
 
 def test_500_candidates_share_one_prefill(load_random: Load) -> None:
