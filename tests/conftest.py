@@ -14,6 +14,9 @@ from rankonce.model.loading import LoadedModel, prepare_model
 from rankonce.prompts.tasks import library_tasks
 from rankonce.records import Event, Item, ScoreRequest
 
+if not torch.cuda.is_available():
+    # Read when Triton is first imported: its kernels then run on CPU tensors, slowly.
+    os.environ["TRITON_INTERPRET"] = "1"
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 CHAT_TEMPLATE = (
