@@ -61,7 +61,7 @@ class SegmentLayout:
 
     Attributes:
         query_start, query_end: a span's tokens, in 0..T.
-        key_start: key row of the span's first token.
+        key_start, key_end: key rows of the span's tokens.
         prefix_start, prefix_end: key rows of the prefix it sees; empty for a prefix itself.
         positions_T: position of every token in its own prompt.
         score_rows_C: the last token of every segment, in the order of the parts.
@@ -71,6 +71,7 @@ class SegmentLayout:
     query_start: NDArray[np.int64]
     query_end: NDArray[np.int64]
     key_start: NDArray[np.int64]
+    key_end: NDArray[np.int64]
     prefix_start: NDArray[np.int64]
     prefix_end: NDArray[np.int64]
     positions_T: NDArray[np.int64]
@@ -87,6 +88,8 @@ def lay_out_pass(
     parts: Sequence[PassPart],
     prefix_lengths: Sequence[int],
     segment_lengths: Sequence[Sequence[int]],
+    *,
+    cached_rows: int = 0,
 ) -> SegmentLayout:
     """Place the parts of a pass one after another.
 
@@ -94,8 +97,10 @@ def lay_out_pass(
         parts: what goes into the pass, in this order.
         prefix_lengths: tokens of each part's prefix.
         segment_lengths: tokens of each part's segments.
+        cached_rows: key rows reserved for cached prefixes, if more than they need.
     """
-    num_cached = sum(n for part, n in zip(parts, prefix_lengths, strict=True) if part.cached)
+    needed = sum(n for part, n in zip(parts, prefix_lengths, strict=True) if part.cached)
+    num_cached = max(needed, cached_rows)
     spans: list[tuple[int, int, int, int, int]] = []
     positions: list[NDArray[np.int64]] = []
     score_rows: list[int] = []
@@ -122,6 +127,7 @@ def lay_out_pass(
         query_start=columns[0],
         query_end=columns[1],
         key_start=columns[2],
+        key_end=columns[2] + columns[1] - columns[0],
         prefix_start=columns[3],
         prefix_end=columns[4],
         positions_T=np.concatenate(positions) if positions else np.empty(0, dtype=np.int64),

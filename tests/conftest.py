@@ -3,17 +3,19 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from rankonce.model.loading import LoadedModel, prepare_model
-from rankonce.prompts.tasks import library_tasks
-from rankonce.records import Event, Item, ScoreRequest
+if TYPE_CHECKING:
+    from rankonce.model.loading import LoadedModel
+    from rankonce.records import ScoreRequest
 
+# What follows imports RankOnce where it needs it: the package may import Triton, which must be told
+# before, and the kernels' tests run where the libraries of prompts and serving are not installed.
 if not torch.cuda.is_available():
     # Read when Triton is first imported: its kernels then run on CPU tensors, slowly.
     os.environ["TRITON_INTERPRET"] = "1"
@@ -59,6 +61,8 @@ def data_folder(name: str) -> Path:
 
 def build_tokenizer(*, chat: bool = False) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer on the words of the library's tasks."""
+    from rankonce.prompts.tasks import library_tasks
+
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -96,8 +100,12 @@ def build_network(architecture: str, *, seed: int = 0, **overrides: Any) -> Any:
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
 
 
-def build_request(num_candidates: int, *, task: str = "movie-like", seed: int = 0) -> ScoreRequest:
+def build_request(
+    num_candidates: int, *, task: str = "movie-like", seed: int = 0
+) -> "ScoreRequest":
     """Make a request with a history and candidates of many lengths."""
+    from rankonce.records import Event, Item, ScoreRequest
+
     generator = torch.Generator().manual_seed(seed)
 
     def number(high: int) -> int:
@@ -134,11 +142,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
-def load_random(tokenizer: PreTrainedTokenizerFast) -> Callable[..., LoadedModel]:
+def load_random(tokenizer: PreTrainedTokenizerFast) -> Callable[..., "LoadedModel"]:
     """Give small random models, each built once a session."""
+    from rankonce.model.loading import prepare_model
+
     built: dict[str, LoadedModel] = {}
 
-    def load(architecture: str) -> LoadedModel:
+    def load(architecture: str) -> "LoadedModel":
         if architecture not in built:
             built[architecture] = prepare_model(
                 build_network(architecture), tokenizer, name=architecture

@@ -214,8 +214,9 @@ def test_a_prompt_longer_than_the_model_is_refused(ranker: Ranker) -> None:
         ranker.score(read_request(data))
 
 
-def test_a_prompt_longer_than_the_sliding_window_is_refused(tmp_path: Path) -> None:
-    ranker = Ranker.from_pretrained(save(tmp_path, build_network("mistral", sliding_window=32)))
+def test_a_prompt_longer_than_a_window_of_the_mask_alone_is_refused(tmp_path: Path) -> None:
+    network = build_network("phimoe", sliding_window=32, num_local_experts=4)
+    ranker = Ranker.from_pretrained(save(tmp_path, network))
     with pytest.raises(PromptTooLongError, match=r"candidates\[0\]: .* the model takes 32"):
         ranker.score(read_request(GOOD))
 

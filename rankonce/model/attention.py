@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from rankonce.errors import ModelError, PromptTooLongError
+from rankonce.errors import ModelError
 from rankonce.kernels.segment_attention import SegmentSpans, segment_attention
 from rankonce.model.prefix_cache import KeysValues
 
@@ -22,25 +22,47 @@ ATTENTION_NAME = "rankonce_segments"
 
 @dataclass(kw_only=True)
 class SegmentPass:
-    """What the attention layers of one pass share.
+    """What the layers of one pass share.
 
     Attributes:
         spans: who sees whom.
-        longest_prompt: tokens of the longest prefix and segment.
-        cached: keys and values of the cached prefixes, in the order of their key rows.
+        score_spans: the same for the score rows alone.
+        score_rows_C: the last token of every candidate.
+        cached: for each layer keys and values of the cached prefixes, in the order of their rows.
         kept_rows: for each prefix to be kept, its token rows.
         kept: filled by the layers: for each of ``kept_rows``, keys and values layer by layer.
+        residual_TD: left by an accelerated layer for the next one, which adds it.
+        trimmed: set by the last accelerated layer: its output holds the score rows only.
         sliding_windows: filled by the layers: the windows that they declared.
         num_layers: filled by the layers: how many of them ran segment attention.
     """
 
     spans: SegmentSpans
-    longest_prompt: int
-    cached: list[KeysValues] = field(default_factory=list)
+    score_spans: SegmentSpans
+    score_rows_C: Tensor
+    cached: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     kept_rows: list[tuple[int, int]] = field(default_factory=list)
     kept: list[KeysValues] = field(default_factory=list)
+    residual_TD: Tensor | None = None
+    trimmed: bool = False
     sliding_windows: set[int] = field(default_factory=set)
     num_layers: int = 0
+
+    def take_up(self, k_TGK: Tensor, v_TGK: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep the prefixes of a layer that are to be kept and put the cached ones in front.
+
+        Returns:
+            k_SGK, v_SGK: what the layer's queries attend to.
+        """
+        for prefix, (start, end) in zip(self.kept, self.kept_rows, strict=True):
+            # Copies: a view would keep the whole pass alive in the cache.
+            prefix.append((k_TGK[start:end].clone(), v_TGK[start:end].clone()))
+        layer = self.num_layers
+        self.num_layers += 1
+        if not self.cached:
+            return k_TGK, v_TGK
+        cached_k, cached_v = self.cached[layer]
+        return torch.cat((cached_k, k_TGK)), torch.cat((cached_v, v_TGK))
 
 
 def attend_segments(
@@ -68,21 +90,8 @@ def attend_segments(
         raise ModelError(f"{name}: attention_dropout should be 0 in packed passes, is {dropout}")
     if sliding_window is not None:
         segment_pass.sliding_windows.add(sliding_window)
-        if sliding_window < segment_pass.longest_prompt:
-            raise PromptTooLongError(
-                f"{name}: has a sliding window of {sliding_window} tokens, shorter than the prompt "
-                f"of {segment_pass.longest_prompt}"
-            )
-    layer = segment_pass.num_layers
-    segment_pass.num_layers += 1
-    k_SGK, v_SGK = key[0].transpose(0, 1), value[0].transpose(0, 1)
-    for prefix, (start, end) in zip(segment_pass.kept, segment_pass.kept_rows, strict=True):
-        # Copies: a view would keep the whole pass alive in the cache.
-        prefix.append((k_SGK[start:end].clone(), v_SGK[start:end].clone()))
-    if segment_pass.cached:
-        k_SGK = torch.cat([*(prefix[layer][0] for prefix in segment_pass.cached), k_SGK])
-        v_SGK = torch.cat([*(prefix[layer][1] for prefix in segment_pass.cached), v_SGK])
     q_THK = query[0].transpose(0, 1)
+    k_SGK, v_SGK = segment_pass.take_up(key[0].transpose(0, 1), value[0].transpose(0, 1))
     out_THK = segment_attention(
         q_THK,
         k_SGK,
@@ -90,6 +99,7 @@ def attend_segments(
         segment_pass.spans,
         scale=q_THK.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap=softcap,
+        window=sliding_window,
     )
     return out_THK[None], None
 

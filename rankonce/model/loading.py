@@ -42,8 +42,8 @@ class LoadedModel:
         network: the transformers model, its attention replaced.
         tokenizer: the checkpoint's fast tokenizer.
         head: the FP32 head.
-        max_prompt_tokens: the longest prompt: the context, or a window of its attention or the
-            reach of its short rotary factors if that is shorter.
+        max_prompt_tokens: the longest prompt: the context, or a window that it applies by its mask
+            alone or the reach of its short rotary factors if that is shorter.
         name: how the checkpoint was asked for.
     """
 
@@ -142,7 +142,7 @@ def prepare_model(network: Any, tokenizer: Any, *, name: str) -> LoadedModel:
     head = head_of(network)
     windows = check_packable(network, head)
     config = network.config.get_text_config()
-    limits = [*windows, *_mask_windows(config, windows), *_rope_limits(config)]
+    limits = [*_mask_windows(config, windows), *_rope_limits(config)]
     context = getattr(config, "max_position_embeddings", None) or 2**31
     return LoadedModel(
         network=network,
@@ -166,10 +166,9 @@ def _mask_windows(config: Any, reported: set[int]) -> list[int]:
     window = getattr(config, "sliding_window", None)
     if getattr(config, "use_sliding_window", None) is False:
         window = None
-    if layer_types is None:
-        slides = not reported
-    else:
-        slides = any("sliding" in layer_type for layer_type in layer_types)
+    slides = window not in reported and (
+        layer_types is None or any("sliding" in layer_type for layer_type in layer_types)
+    )
     chunk = getattr(config, "attention_chunk_size", None)
     chunks = layer_types is None or "chunked_attention" in layer_types
     return [int(size) for size, used in ((window, slides), (chunk, chunks)) if size and used]

@@ -1,14 +1,15 @@
 """The tokens and spans of one pass as tensors."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rankonce.kernels.segment_attention import SegmentSpans
+from rankonce.kernels.segment_attention.spans import COLUMNS, SegmentSpans, last_queries
+from rankonce.kernels.segment_attention.tiles import TileKey, query_tables
 from rankonce.layout import PassPart, SegmentLayout, TokenizedRequest, lay_out_pass
 from rankonce.model.attention import SegmentPass
 from rankonce.model.prefix_cache import KeysValues
@@ -19,17 +20,68 @@ class PackedBatch:
     """One pass, ready for the model.
 
     Attributes:
-        token_ids_T, positions_T: int64.
-        score_rows_C: int64, the last token of every candidate in the order of the parts.
-        segment_pass: what the attention layers share; takes up the prefixes that are to be kept.
+        token_ids_T, positions_T: int32.
+        segment_pass: what the layers share; takes up the prefixes that are to be kept.
         kept_requests: the request of each kept prefix.
     """
 
     token_ids_T: Tensor
     positions_T: Tensor
-    score_rows_C: Tensor
     segment_pass: SegmentPass
     kept_requests: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostPass:
+    """One pass in host memory: the arrays that are moved to the device in one copy.
+
+    Attributes:
+        token_ids_T, positions_T, score_rows_C: int32.
+        spans, score_spans: of all tokens and of the score rows.
+        tables: for the spans and the score spans in turn, their tables by key.
+        kept_rows, kept_requests: the prefixes to be kept.
+        num_cached: key rows of the cached prefixes.
+    """
+
+    token_ids_T: NDArray[np.int32]
+    positions_T: NDArray[np.int32]
+    score_rows_C: NDArray[np.int32]
+    spans: SegmentSpans
+    score_spans: SegmentSpans
+    tables: tuple[dict[TileKey, tuple[NDArray[np.int32], ...]], ...]
+    kept_rows: list[tuple[int, int]]
+    kept_requests: tuple[int, ...]
+    num_cached: int
+
+    def arrays(self) -> list[NDArray[np.int32]]:
+        """Return everything that the device needs, in the order of ``on_device``."""
+        tables = [table for part in self.tables for pair in part.values() for table in pair]
+        return [self.token_ids_T, self.positions_T, self.score_rows_C, *tables]
+
+    def on_device(self, tensors: Sequence[Tensor], cached: list[KeysValues]) -> PackedBatch:
+        """Put a pass together from its arrays on the device.
+
+        Args:
+            tensors: of the arrays of ``arrays``.
+            cached: keys and values of the cached prefixes, in the order of their rows.
+        """
+        token_ids_T, positions_T, score_rows_C, *rest = tensors
+        tables = iter(rest)
+        for spans, part in zip((self.spans, self.score_spans), self.tables, strict=True):
+            spans.tables.update({key: (next(tables), next(tables)) for key in part})
+        return PackedBatch(
+            token_ids_T=token_ids_T,
+            positions_T=positions_T,
+            segment_pass=SegmentPass(
+                spans=self.spans,
+                score_spans=self.score_spans,
+                score_rows_C=score_rows_C,
+                cached=_joined(cached),
+                kept_rows=self.kept_rows,
+                kept=[[] for _ in self.kept_rows],
+            ),
+            kept_requests=self.kept_requests,
+        )
 
 
 def pack_pass(
@@ -39,17 +91,40 @@ def pack_pass(
     *,
     keep_prefixes: bool,
     device: torch.device | str = "cpu",
+    table_keys: Sequence[TileKey] = (),
 ) -> PackedBatch:
-    """Pack the parts of one pass.
+    """Pack the parts of one pass and move them to the device in one copy.
 
     Args:
         parts: whose ``request`` indexes ``requests``.
         prefixes: keys and values of the requests whose part is cached.
         keep_prefixes: take up the keys and values of the prefixes that this pass computes.
+        table_keys: the attention tables that the model's layers will ask for.
+    """
+    host = pack_on_host(parts, requests, keep_prefixes=keep_prefixes, table_keys=table_keys)
+    return host.on_device(
+        move_together(host.arrays(), device), cached_of(parts, requests, prefixes)
+    )
+
+
+def pack_on_host(
+    parts: Sequence[PassPart],
+    requests: Sequence[TokenizedRequest],
+    *,
+    keep_prefixes: bool,
+    table_keys: Sequence[TileKey] = (),
+    cached_rows: int = 0,
+) -> HostPass:
+    """Lay out the parts of one pass.
+
+    Args:
+        cached_rows: key rows reserved for cached prefixes, if more than they need.
     """
     prefix_lengths = [len(requests[part.request].prefix_ids) for part in parts]
     segments = [requests[part.request].segment_ids[part.first : part.last] for part in parts]
-    layout = lay_out_pass(parts, prefix_lengths, [[len(ids) for ids in s] for s in segments])
+    layout = lay_out_pass(
+        parts, prefix_lengths, [[len(ids) for ids in s] for s in segments], cached_rows=cached_rows
+    )
     tokens: list[int] = []
     kept_rows, kept_requests = [], []
     for part, part_segments in zip(parts, segments, strict=True):
@@ -61,36 +136,56 @@ def pack_pass(
             tokens.extend(prefix_ids)
         for ids in part_segments:
             tokens.extend(ids)
-
-    def on_device(array: NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(array).to(device)
-
-    return PackedBatch(
-        token_ids_T=torch.tensor(tokens, dtype=torch.long, device=device),
-        positions_T=on_device(layout.positions_T),
-        score_rows_C=on_device(layout.score_rows_C),
-        segment_pass=SegmentPass(
-            spans=spans_of(layout, device),
-            longest_prompt=int(layout.positions_T.max()) + 1,
-            cached=[
-                prefixes[part.request]
-                for part in parts
-                if part.cached and requests[part.request].prefix_ids
-            ],
-            kept_rows=kept_rows,
-            kept=[[] for _ in kept_rows],
+    spans = spans_of(layout)
+    score_spans = last_queries(spans, layout.score_rows_C)
+    return HostPass(
+        token_ids_T=np.array(tokens, dtype=np.int32),
+        positions_T=layout.positions_T.astype(np.int32),
+        score_rows_C=layout.score_rows_C.astype(np.int32),
+        spans=spans,
+        score_spans=score_spans,
+        tables=tuple(
+            {key: query_tables(one, key) for key in _needed(one, table_keys)}
+            for one in (spans, score_spans)
         ),
+        kept_rows=kept_rows,
         kept_requests=tuple(kept_requests),
+        num_cached=layout.num_keys - layout.num_tokens,
     )
 
 
-def spans_of(layout: SegmentLayout, device: torch.device | str = "cpu") -> SegmentSpans:
-    """Turn a layout's spans into int32 tensors."""
-    names = ("query_start", "query_end", "key_start", "prefix_start", "prefix_end")
-    columns = np.stack([getattr(layout, name) for name in names]).astype(np.int32)
-    # One copy to the device for all of them.
-    tensor = torch.from_numpy(columns).to(device)
-    return SegmentSpans(**dict(zip(names, tensor, strict=True)))
+def cached_of(
+    parts: Sequence[PassPart],
+    requests: Sequence[TokenizedRequest],
+    prefixes: Mapping[int, KeysValues],
+) -> list[KeysValues]:
+    """Return the cached prefixes of a pass in the order of their key rows."""
+    return [
+        prefixes[part.request]
+        for part in parts
+        if part.cached and requests[part.request].prefix_ids
+    ]
+
+
+def move_together(
+    arrays: Sequence[NDArray[np.int32]], device: torch.device | str
+) -> tuple[Tensor, ...]:
+    """Move arrays in one copy, which a GPU need not be waited for."""
+    flat = torch.from_numpy(np.concatenate([array.ravel() for array in arrays]))
+    if torch.device(device).type == "cuda":
+        flat = flat.pin_memory()
+    return split_like(flat.to(device, non_blocking=True), arrays)
+
+
+def split_like(flat: Tensor, arrays: Sequence[NDArray[np.int32]]) -> tuple[Tensor, ...]:
+    """Cut a flat tensor into the shapes of arrays."""
+    parts = flat.split([array.size for array in arrays])
+    return tuple(part.view(array.shape) for part, array in zip(parts, arrays, strict=True))
+
+
+def spans_of(layout: SegmentLayout) -> SegmentSpans:
+    """Turn a layout's spans into the kernels' int32 ranges."""
+    return SegmentSpans(**{name: getattr(layout, name).astype(np.int32) for name in COLUMNS})
 
 
 def forward_pass(network: torch.nn.Module, batch: PackedBatch) -> Tensor:
@@ -100,11 +195,31 @@ def forward_pass(network: torch.nn.Module, batch: PackedBatch) -> Tensor:
         hidden_CD: the final hidden states of the score rows.
     """
     decoder = getattr(network, "base_model", network)
+    segment_pass = batch.segment_pass
     states = decoder(
         input_ids=batch.token_ids_T[None],
         position_ids=batch.positions_T[None],
         use_cache=False,
-        segment_pass=batch.segment_pass,
+        segment_pass=segment_pass,
     )
-    hidden: Tensor = states.last_hidden_state[0, batch.score_rows_C]
-    return hidden
+    hidden: Tensor = states.last_hidden_state[0]
+    return hidden if segment_pass.trimmed else hidden.index_select(0, segment_pass.score_rows_C)
+
+
+def _joined(cached: list[KeysValues]) -> list[tuple[Tensor, Tensor]]:
+    """Join the cached prefixes of a pass layer by layer."""
+    if len(cached) == 1:
+        return list(cached[0])
+    return [
+        (torch.cat([k for k, _ in layer]), torch.cat([v for _, v in layer]))
+        for layer in zip(*cached, strict=True)
+    ]
+
+
+def _needed(spans: SegmentSpans, keys: Sequence[TileKey]) -> list[TileKey]:
+    """Leave out windows that hide nothing: the layers then ask for the table without one."""
+    return list(
+        dict.fromkeys(
+            key if spans.shortened(key.window) else replace(key, window=None) for key in keys
+        )
+    )

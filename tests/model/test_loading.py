@@ -38,13 +38,13 @@ SLIDING = {"sliding_window": 32, "use_sliding_window": True, "max_window_layers"
         ("phimoe", {"sliding_window": None, "num_local_experts": 4}, 4096),
         ("qwen2_moe", {**SLIDING, **EXPERTS, "max_window_layers": 3}, 32),
         ("qwen2_moe", {**SLIDING, **EXPERTS, "use_sliding_window": False}, 4096),
-        ("qwen2", SLIDING, 32),
+        ("qwen2", SLIDING, 4096),
         ("qwen2", {**SLIDING, "use_sliding_window": False}, 4096),
         ("qwen3", {**SLIDING, "use_sliding_window": False}, 4096),
         ("qwen3", {**SLIDING, "max_window_layers": 3}, 4096),
-        ("mistral", {"sliding_window": 32}, 32),
+        ("mistral", {"sliding_window": 32}, 4096),
         ("mistral", {"sliding_window": None}, 4096),
-        ("gemma2", {"sliding_window": 32}, 32),
+        ("gemma2", {"sliding_window": 32}, 4096),
         ("llama", {"attention_chunk_size": 32}, 32),
         ("llama", {"max_position_embeddings": 256, "rope_parameters": LONG_ROPE}, 64),
     ],
@@ -56,17 +56,40 @@ def test_the_longest_prompt_is_the_shortest_limit_of_the_model(
     assert prepare_model(network, build_tokenizer(), name="x").max_prompt_tokens == limit
 
 
-def test_a_prompt_up_to_the_limit_scores_as_without_packing() -> None:
-    network = build_network("phimoe", sliding_window=32, num_local_experts=4)
-    ids = torch.randint(2, 600, (32,), generator=torch.Generator().manual_seed(0)).tolist()
+@pytest.mark.parametrize(
+    ("architecture", "shape", "num_tokens"),
+    [
+        ("phimoe", {"sliding_window": 32, "num_local_experts": 4}, 32),
+        ("qwen2", SLIDING, 75),
+        ("mistral", {"sliding_window": 32}, 75),
+        ("gemma2", {"sliding_window": 32}, 75),
+        ("gemma3_text", {"sliding_window": 32}, 75),
+    ],
+)
+def test_prompts_with_a_window_score_as_without_packing(
+    architecture: str, shape: dict[str, Any], num_tokens: int
+) -> None:
+    network = build_network(architecture, **shape)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(2, 600, (num_tokens,), generator=generator).tolist()
+    # The second candidate is a single token, the first reaches further than the window where it can.
+    segments = (tuple(ids[20:]), (ids[20],))
     with torch.no_grad():
-        separate = network(torch.tensor([ids])).logits[0, -1, [5, 9]].log_softmax(-1)
-    model = prepare_model(network, build_tokenizer(), name="phimoe")
+        separate = torch.stack(
+            [
+                network(torch.tensor([[*ids[:20], *own]])).logits[0, -1, [5, 9]].log_softmax(-1)
+                for own in segments
+            ]
+        )
+    model = prepare_model(network, build_tokenizer(), name=architecture)
     request = TokenizedRequest(
-        prefix_ids=tuple(ids[:20]), segment_ids=(tuple(ids[20:]),), label_ids=((5,), (9,))
+        prefix_ids=tuple(ids[:20]), segment_ids=segments, label_ids=((5,), (9,))
     )
-    (raw,) = Ranker(model, config=RankerConfig(prefix_cache_mb=0)).forward([request])
-    torch.testing.assert_close(raw.labels_CL[0], separate, atol=1e-5, rtol=0)
+    ranker = Ranker(model, config=RankerConfig(prefix_cache_mb=1))
+    (first,), (cached,) = ranker.forward([request]), ranker.forward([request])
+    assert cached.cached_tokens == 20
+    for raw in (first, cached):
+        torch.testing.assert_close(raw.labels_CL, separate, atol=1e-5, rtol=0)
 
 
 def test_a_model_whose_values_are_shaped_unlike_its_keys_is_refused_by_name() -> None:

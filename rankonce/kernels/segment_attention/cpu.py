@@ -21,11 +21,19 @@ _MAX_LENGTH_RATIO = 1.25
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Block:
-    """Segments of similar length, padded to the longest: token rows n x L, key rows n x L."""
+    """Spans of similar length, padded to the longest.
 
-    token_rows: Tensor
-    key_rows: Tensor
+    Attributes:
+        query_rows, real: rows n x Q, and which of them are not padding.
+        key_rows, real_keys: the same of the keys, n x L.
+        mask: n x 1 x Q x L, true where a query sees a key; none for causal attention.
+    """
+
+    query_rows: Tensor
     real: Tensor
+    key_rows: Tensor
+    real_keys: Tensor
+    mask: Tensor | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +51,7 @@ def _plan(spans: SegmentSpans) -> tuple[list[_Block], list[_Shared]]:
     """Group the spans; kept for the layers of a pass."""
     rows = spans.rows()
     shared: list[_Shared] = []
-    for query_start, query_end, _, prefix_start, prefix_end in rows:
+    for query_start, query_end, _, _, prefix_start, prefix_end in rows:
         if prefix_start == prefix_end:
             continue
         last = shared[-1] if shared else None
@@ -63,28 +71,43 @@ def _plan(spans: SegmentSpans) -> tuple[list[_Block], list[_Shared]]:
             )
         )
     blocks: list[_Block] = []
-    group: list[tuple[int, int, int]] = []
-    for length, query_start, key_start in sorted((r[1] - r[0], r[0], r[2]) for r in rows):
-        if group and length > max(4, group[0][0]) * _MAX_LENGTH_RATIO:
+    group: list[tuple[int, int, int, int]] = []
+    for span in sorted((r[3] - r[2], r[1] - r[0], r[0], r[2]) for r in rows):
+        # Spans with as many queries as keys are causal, others need a mask: they do not mix.
+        if group and (
+            span[0] > max(4, group[0][0]) * _MAX_LENGTH_RATIO
+            or _is_causal(span) != _is_causal(group[0])
+        ):
             blocks.append(_pad(group))
             group = []
-        group.append((length, query_start, key_start))
+        group.append(span)
     if group:
         blocks.append(_pad(group))
     return blocks, shared
 
 
-def _pad(group: list[tuple[int, int, int]]) -> _Block:
-    lengths, query_starts, key_starts = (
+def _is_causal(span: tuple[int, int, int, int]) -> bool:
+    return span[0] == span[1]
+
+
+def _pad(group: list[tuple[int, int, int, int]]) -> _Block:
+    """Pad spans, each the number of its keys and queries and the first of both."""
+    num_keys, num_queries, query_starts, key_starts = (
         torch.tensor(column) for column in zip(*group, strict=True)
     )
-    steps = torch.arange(int(lengths.max()))
-    # Padding repeats a segment's last row: finite numbers that no real row sees.
-    offsets = torch.minimum(steps, lengths[:, None] - 1)
+    query_steps = torch.arange(int(num_queries.max()))
+    key_steps = torch.arange(int(num_keys.max()))
+    # Padding repeats a span's last row: finite numbers that no real row sees.
+    mask = None
+    if not _is_causal(group[0]):
+        last_seen = (num_keys - num_queries)[:, None] + query_steps
+        mask = (key_steps <= last_seen[:, :, None])[:, None]
     return _Block(
-        token_rows=query_starts[:, None] + offsets,
-        key_rows=key_starts[:, None] + offsets,
-        real=steps < lengths[:, None],
+        query_rows=query_starts[:, None] + torch.minimum(query_steps, num_queries[:, None] - 1),
+        key_rows=key_starts[:, None] + torch.minimum(key_steps, num_keys[:, None] - 1),
+        real=query_steps < num_queries[:, None],
+        real_keys=key_steps < num_keys[:, None],
+        mask=mask,
     )
 
 
@@ -109,14 +132,15 @@ class _SegmentAttention(torch.autograd.Function):
         lse_TH = torch.empty(q_THK.shape[:2], dtype=torch.promote_types(q_THK.dtype, torch.float32))
         for block in blocks:
             out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                _heads_first(q_THK[block.token_rows]),
+                _heads_first(q_THK[block.query_rows]),
                 _heads_first(k_SHK[block.key_rows]),
                 _heads_first(v_SHK[block.key_rows]),
                 0.0,
-                True,
+                block.mask is None,
+                attn_mask=_additive(block.mask, q_THK.dtype),
                 scale=scale,
             )
-            block_rows = block.token_rows[block.real]
+            block_rows = block.query_rows[block.real]
             out_THK[block_rows] = out.transpose(1, 2)[block.real]
             lse_TH[block_rows] = lse.transpose(1, 2)[block.real]
         for part in shared:
@@ -146,22 +170,23 @@ class _SegmentAttention(torch.autograd.Function):
         blocks, shared = _plan(ctx.spans)
         grad_q, grad_k, grad_v = (torch.zeros_like(tensor) for tensor in (q_THK, k_SHK, v_SHK))
         for block in blocks:
-            grad_block = grad_THK[block.token_rows] * block.real[..., None, None]
+            grad_block = grad_THK[block.query_rows] * block.real[..., None, None]
             dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 _heads_first(grad_block),
-                _heads_first(q_THK[block.token_rows]),
+                _heads_first(q_THK[block.query_rows]),
                 _heads_first(k_SHK[block.key_rows]),
                 _heads_first(v_SHK[block.key_rows]),
-                _heads_first(out_THK[block.token_rows]),
-                lse_TH[block.token_rows].transpose(1, 2),
+                _heads_first(out_THK[block.query_rows]),
+                lse_TH[block.query_rows].transpose(1, 2),
                 0.0,
-                True,
+                block.mask is None,
+                attn_mask=_additive(block.mask, q_THK.dtype),
                 scale=ctx.scale,
             )
-            grad_q[block.token_rows[block.real]] = dq.transpose(1, 2)[block.real]
-            keys = block.key_rows[block.real]
-            grad_k[keys] = dk.transpose(1, 2)[block.real]
-            grad_v[keys] = dv.transpose(1, 2)[block.real]
+            grad_q[block.query_rows[block.real]] = dq.transpose(1, 2)[block.real]
+            keys = block.key_rows[block.real_keys]
+            grad_k[keys] = dk.transpose(1, 2)[block.real_keys]
+            grad_v[keys] = dv.transpose(1, 2)[block.real_keys]
         for part in shared:
             rows = slice(part.query_start, part.query_end)
             prefix = slice(part.prefix_start, part.prefix_end)
@@ -180,6 +205,12 @@ class _SegmentAttention(torch.autograd.Function):
             grad_k[prefix] += dk[0].transpose(0, 1)
             grad_v[prefix] += dv[0].transpose(0, 1)
         return grad_q, grad_k, grad_v, None, None
+
+
+def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if mask is None:
+        return None
+    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)
 
 
 def _heads_first(rows_nLHK: Tensor) -> Tensor:

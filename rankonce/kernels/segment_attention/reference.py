@@ -14,17 +14,18 @@ def segment_attention_reference(
     *,
     scale: float,
     softcap: float | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """Compute every span by itself, in fp32 (fp64 for fp64); differentiable by autograd."""
     dtype = torch.promote_types(q_THK.dtype, torch.float32)
+    device = q_THK.device
     num_shared = q_THK.shape[1] // k_SGK.shape[1]
     outputs = []
-    for query_start, query_end, key_start, prefix_start, prefix_end in spans.rows():
-        length = query_end - query_start
+    for query_start, query_end, key_start, key_end, prefix_start, prefix_end in spans.rows():
         rows = torch.cat(
             (
-                torch.arange(prefix_start, prefix_end, device=q_THK.device),
-                torch.arange(key_start, key_start + length, device=q_THK.device),
+                torch.arange(prefix_start, prefix_end, device=device),
+                torch.arange(key_start, key_end, device=device),
             )
         )
         q_HLK = q_THK[query_start:query_end].to(dtype).transpose(0, 1)
@@ -33,9 +34,13 @@ def segment_attention_reference(
         logits_HLR = q_HLK @ k_HRK.transpose(1, 2) * scale
         if softcap is not None:
             logits_HLR = softcap * torch.tanh(logits_HLR / softcap)
-        unseen_LR = torch.ones(length, len(rows), dtype=torch.bool, device=q_THK.device)
-        unseen_LR = unseen_LR.triu(prefix_end - prefix_start + 1)
-        weights_HLR = logits_HLR.masked_fill(unseen_LR, -torch.inf).softmax(dim=-1)
+        # Places in the span's prompt: the queries are its last tokens.
+        places_R = torch.arange(len(rows), device=device)
+        places_L = places_R[len(rows) - (query_end - query_start) :, None]
+        seen_LR = places_R <= places_L
+        if window is not None:
+            seen_LR = seen_LR & (places_R > places_L - window)
+        weights_HLR = logits_HLR.masked_fill(~seen_LR, -torch.inf).softmax(dim=-1)
         outputs.append((weights_HLR @ v_HRK).transpose(0, 1))
-    # The spans cover the tokens in order, so their outputs are the rows of the result.
+    # The spans cover the queries in order, so their outputs are the rows of the result.
     return torch.cat(outputs).to(q_THK.dtype)
