@@ -106,13 +106,18 @@ class Ranker:
         *,
         device: str | None = None,
         precision: str | None = None,
+        keep: Sequence[str] = (),
         trust_remote_code: bool = False,
         tasks: Iterable[Task] = (),
         config: RankerConfig | None = None,
     ) -> "Ranker":
         """Load a checkpoint, the embedded movie ranker by default; see ``load_model``."""
         model = load_model(
-            name, device=device, precision=precision, trust_remote_code=trust_remote_code
+            name,
+            device=device,
+            precision=precision,
+            keep=keep,
+            trust_remote_code=trust_remote_code,
         )
         return cls(model, tasks=tasks, config=config)
 
@@ -211,6 +216,7 @@ class Ranker:
                 prefixes,
                 keep_prefixes=self.config.prefix_cache_mb > 0 or bool(going_on),
                 device=self.model.device,
+                table_keys=self.model.table_keys,
             )
             hidden_CD = forward_pass(self.model.network, batch)
             for index, kept in zip(batch.kept_requests, batch.segment_pass.kept, strict=True):

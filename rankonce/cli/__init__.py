@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from rankonce import __version__
+from rankonce.cli import bench
 from rankonce.cli.demo import demo
 from rankonce.cli.evaluate import evaluate
 from rankonce.cli.explain_prompt import explain_prompt
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 for command in (demo, score, explain_prompt, tasks, serve, train, evaluate):
     app.command()(command)
+app.add_typer(bench.app)
 
 
 def _print_version(wanted: bool) -> None:

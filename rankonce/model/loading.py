@@ -1,6 +1,7 @@
 """Load a checkpoint and make sure that it can run packed."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from rankonce.errors import ModelError, ShapeError
+from rankonce.kernels.segment_attention.tiles import TileKey
 from rankonce.layout import PassPart, TokenizedRequest
-from rankonce.model.attention import ATTENTION_NAME, register_segment_attention
+from rankonce.model.acceleration import Acceleration, accelerate_model
+from rankonce.model.attention import ATTENTION_NAME, SegmentPass, register_segment_attention
 from rankonce.model.head import Head, head_of
 from rankonce.model.packing import forward_pass, pack_pass
+from rankonce.model.precision import find_precision, loading_options
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Largest difference of logits between packed and separate, as a part of the largest logit.
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 # What transformers raises for files that are missing, broken or hold values that make no sense.
@@ -45,6 +48,8 @@ class LoadedModel:
         max_prompt_tokens: the longest prompt: the context, or a window that it applies by its mask
             alone or the reach of its short rotary factors if that is shorter.
         name: how the checkpoint was asked for.
+        acceleration: what runs on our kernels, and the way back.
+        table_keys: the attention tables that its layers ask for on its device.
     """
 
     network: Any
@@ -52,6 +57,8 @@ class LoadedModel:
     head: Head
     max_prompt_tokens: int
     name: str
+    acceleration: Acceleration
+    table_keys: tuple[TileKey, ...] = ()
 
     @property
     def device(self) -> torch.device:
@@ -82,6 +89,7 @@ def load_model(
     *,
     device: str | None = None,
     precision: str | None = None,
+    keep: Sequence[str] = (),
     trust_remote_code: bool = False,
 ) -> LoadedModel:
     """Load a decoder-only checkpoint from a folder or a hub.
@@ -89,8 +97,8 @@ def load_model(
     Args:
         name: folder in Hugging Face form, or the id of a repository on the hub.
         device: ``cpu``, ``cuda``, ...; the GPU where there is one.
-        precision: ``fp32``, ``bf16`` or ``fp16``; by default bf16 on a GPU, fp32 on a CPU, which
-            computes 16-bit numbers slower.
+        precision: a name of ``PRECISIONS``; by default bf16 on a GPU, fp32 on a CPU.
+        keep: names or patterns of linear layers that FP8 leaves as they are.
         trust_remote_code: run model code that comes with the checkpoint.
 
     Raises:
@@ -101,9 +109,8 @@ def load_model(
     if is_path and not (Path(source) / "config.json").is_file():
         raise ModelError(f"model: {source} has no config.json; should be a Hugging Face checkpoint")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    precision = precision or ("fp32" if device == "cpu" else "bf16")
-    if precision not in _DTYPES:
-        raise ModelError(f"precision: should be one of {', '.join(_DTYPES)}, is {precision!r}")
+    chosen = find_precision(precision, device)
+    options = loading_options(chosen, device)
     _check_device(device)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
@@ -113,10 +120,10 @@ def load_model(
             source,
             output_loading_info=True,
             config=config,
-            dtype=_DTYPES[precision],
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             attn_implementation="eager",
+            **options,
         )
     except SafetensorError as error:
         raise ModelError(f"model: {source}: a safetensors file is broken: {error}") from error
@@ -130,17 +137,30 @@ def load_model(
             f"model: {source} lacks {len(missing)} weights of its architecture: "
             f"{', '.join(missing[:3])}"
         )
-    return prepare_model(network.to(device).eval(), tokenizer, name=source)
+    if chosen.bits is None:
+        network = network.to(device)
+    return prepare_model(network.eval(), tokenizer, name=source, fp8=chosen.fp8, keep=keep)
 
 
-def prepare_model(network: Any, tokenizer: Any, *, name: str) -> LoadedModel:
-    """Replace the attention of a transformers model and check that packed equals separate.
+def prepare_model(
+    network: Any, tokenizer: Any, *, name: str, fp8: bool = False, keep: Sequence[str] = ()
+) -> LoadedModel:
+    """Put a transformers model on our kernels and check that packed equals separate.
+
+    Args:
+        fp8: quantise the linear layers but those that ``keep`` names.
 
     Raises:
-        ModelError: the architecture cannot run packed.
+        ModelError: the architecture cannot run packed, or not in FP8.
     """
     head = head_of(network)
-    windows = check_packable(network, head)
+    acceleration, probe = check_packable(network, head)
+    windows = probe.sliding_windows
+    if fp8:
+        acceleration.undo()
+        acceleration = accelerate_model(network, "fp8", keep=keep)
+    elif keep:
+        raise ModelError("keep: names layers that FP8 leaves as they are; precision should be fp8")
     config = network.config.get_text_config()
     limits = [*_mask_windows(config, windows), *_rope_limits(config)]
     context = getattr(config, "max_position_embeddings", None) or 2**31
@@ -150,6 +170,13 @@ def prepare_model(network: Any, tokenizer: Any, *, name: str) -> LoadedModel:
         head=head,
         max_prompt_tokens=min([*limits, context]),
         name=name,
+        acceleration=acceleration,
+        table_keys=tuple(
+            replace(key, window=window)
+            for key in probe.spans.tables
+            if isinstance(key, TileKey)
+            for window in (None, *sorted(windows))
+        ),
     )
 
 
@@ -194,14 +221,14 @@ def _rope_limits(config: Any) -> list[int]:
 
 
 @torch.no_grad()
-def check_packable(network: Any, head: Head) -> set[int]:
+def check_packable(network: Any, head: Head) -> tuple[Acceleration, SegmentPass]:
     """Run two short candidates separately and packed and compare the logits.
 
     This is what refuses layers that carry state from token to token, attention that is not ours to
     replace, and heads that do more than a product.
 
     Returns:
-        The sliding windows that the layers declare.
+        What runs on our kernels, and the packed pass, which knows the layers' windows and tables.
 
     Raises:
         ModelError: names the architecture and what does not fit.
@@ -224,6 +251,10 @@ def check_packable(network: Any, head: Head) -> set[int]:
             for segment in probe.segment_ids
         ]
         use_segment_attention(network)
+        forward_pass(network, batch)
+        plain_windows = batch.segment_pass.sliding_windows
+        batch = pack_pass([part], [probe], {}, keep_prefixes=False, device=device)
+        acceleration = accelerate_model(network)
         hidden_CD = forward_pass(network, batch)
     except (TypeError, AttributeError, ValueError, RuntimeError, ShapeError) as error:
         raise ModelError(f"{name}: cannot take a packed pass: {_first_line(error)}") from error
@@ -234,6 +265,11 @@ def check_packable(network: Any, head: Head) -> set[int]:
         raise ModelError(
             f"{name}: {batch.segment_pass.num_layers} of {layers} layers are attention; the others "
             "would carry one candidate into the next"
+        )
+    if batch.segment_pass.sliding_windows != plain_windows:
+        raise ModelError(
+            f"{name}: its layers have windows of {sorted(plain_windows)} tokens, accelerated ones "
+            f"of {sorted(batch.segment_pass.sliding_windows)}"
         )
     packed = _logits(head, hidden_CD)
     expected = torch.stack(separate).float()
@@ -247,7 +283,7 @@ def check_packable(network: Any, head: Head) -> set[int]:
             f"{name}: packed and separate logits differ by {worst:.2g} of the largest logit; its "
             "layers or its head do more than RankOnce knows of"
         )
-    return batch.segment_pass.sliding_windows
+    return acceleration, batch.segment_pass
 
 
 def use_segment_attention(network: nn.Module) -> None:

@@ -16,6 +16,7 @@ from torch.nn.functional import dropout
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from rankonce.errors import MissingDependencyError, NumericsError, TrainingError
+from rankonce.model.acceleration import accelerate_model
 from rankonce.model.head import head_of
 from rankonce.model.loading import use_segment_attention
 from rankonce.model.packing import forward_pass
@@ -133,6 +134,7 @@ def train(
         raise TrainingError("processes: one process only; several would train on the same rows")
     set_seed(config.seed)
     use_segment_attention(network)
+    accelerate_model(network, trainable=True)
     add_dropout(network, config.dropout)
     network.train()
     optimizer = torch.optim.AdamW(
@@ -206,10 +208,12 @@ def add_dropout(network: Any, share: float) -> None:
     if layers is None:
         raise TrainingError(f"dropout: {type(network).__name__} has no layers of the usual form")
     for layer in layers:
-        for name in ("self_attn", "mlp"):
+        for name, last in (("self_attn", "o_proj"), ("mlp", "down_proj")):
             if not hasattr(layer, name):
                 raise TrainingError(f"dropout: {type(layer).__name__} has no {name}; leave it at 0")
-            getattr(layer, name).register_forward_hook(partial(_drop, share=share))
+            # The product that ends it, where there is one: accelerated layers call that alone.
+            module = getattr(layer, name)
+            getattr(module, last, module).register_forward_hook(partial(_drop, share=share))
 
 
 def _drop(module: torch.nn.Module, _: Any, output: Any, *, share: float) -> Any:

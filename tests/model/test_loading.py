@@ -72,7 +72,7 @@ def test_prompts_with_a_window_score_as_without_packing(
     network = build_network(architecture, **shape)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(2, 600, (num_tokens,), generator=generator).tolist()
-    # The second candidate is a single token, the first reaches further than the window where it can.
+    # The first candidate reaches further than the window where it can, the second is one token.
     segments = (tuple(ids[20:]), (ids[20],))
     with torch.no_grad():
         separate = torch.stack(

@@ -189,17 +189,25 @@ def fits_fp8(linear: nn.Linear) -> bool:
     return linear.in_features % _MULTIPLE == 0 and linear.out_features % _MULTIPLE == 0
 
 
+@cache
 def has_fp8(device: torch.device) -> bool:
     """Say whether a CUDA device has FP8 tensor cores."""
-    return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 9)
+    return _has_triton(device) and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def runs_triton(x: Tensor, *, fp8: bool = False) -> bool:
     """Say whether Triton kernels, with or without FP8, run on a tensor's device and dtype."""
-    if not x.is_cuda or x.dtype not in _KERNEL_DTYPES or find_spec("triton") is None:
+    if not x.is_cuda or x.dtype not in _KERNEL_DTYPES:
         return False
-    capability = torch.cuda.get_device_capability(x.device)
-    return torch.version.cuda is not None and capability >= ((8, 9) if fp8 else (8, 0))
+    return has_fp8(x.device) if fp8 else _has_triton(x.device)
+
+
+@cache
+def _has_triton(device: torch.device) -> bool:
+    capability = torch.cuda.get_device_capability(device)
+    return (
+        torch.version.cuda is not None and capability >= (8, 0) and find_spec("triton") is not None
+    )
 
 
 def check_rows(name: str, x_TD: Tensor) -> None:

@@ -1,0 +1,5 @@
+"""Measurements of the kernels and of whole passes, each beside its limit and its peers.
+
+``python -m rankonce.benchmarks`` runs where only PyTorch, transformers and Triton are installed:
+nothing here imports the ranker, the prompts or the command line.
+"""

@@ -1,0 +1,85 @@
+"""``rankonce bench``: kernels and whole passes beside their limits, and the report of them."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="bench",
+    help="Measure kernels and whole passes beside their limits and their peers.",
+    no_args_is_help=True,
+)
+
+SmallOption = Annotated[bool, typer.Option("--small", help="Toy shapes, for a look on a CPU.")]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option("--device", help="cpu, cuda, ...", show_default="the GPU if there is one"),
+]
+MinutesOption = Annotated[
+    float,
+    typer.Option(min=0.01, help="End after this time; what no longer fits is recorded as such."),
+]
+OutputOption = Annotated[
+    Path, typer.Option(file_okay=False, help="Folder in which the chip's folder is made.")
+]
+OnlyOption = Annotated[str | None, typer.Option(help="Arms whose name holds this text.")]
+
+
+def _run(
+    suite: str, small: bool, device: str | None, minutes: float, output: Path, only: str | None
+) -> None:
+    from rankonce.benchmarks.command import BenchmarkOptions, run_benchmarks
+
+    options = BenchmarkOptions(
+        suites=(suite,), small=small, device=device, minutes=minutes, output=output, only=only
+    )
+    raise typer.Exit(run_benchmarks(options))
+
+
+@app.command()
+def kernels(
+    small: SmallOption = False,
+    device: DeviceOption = None,
+    minutes: MinutesOption = 9.0,
+    output: OutputOption = Path("results"),
+    only: OnlyOption = None,
+) -> None:
+    """Time every kernel beside its reference and other implementations."""
+    _run("kernels", small, device, minutes, output, only)
+
+
+@app.command("pass")
+def whole_pass(
+    small: SmallOption = False,
+    device: DeviceOption = None,
+    minutes: MinutesOption = 9.0,
+    output: OutputOption = Path("results"),
+    only: OnlyOption = None,
+) -> None:
+    """Time whole passes of models with random weights beside their rooflines."""
+    _run("pass", small, device, minutes, output, only)
+
+
+@app.command()
+def report(
+    files: Annotated[
+        list[Path],
+        typer.Argument(exists=True, dir_okay=False, help="Files of results, oldest first."),
+    ],
+    page: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="Markdown page whose marked parts (<!-- begin: kernels h200 -->) are rewritten.",
+        ),
+    ] = None,
+    plots: Annotated[
+        Path | None, typer.Option(file_okay=False, help="Folder of the pictures.")
+    ] = None,
+) -> None:
+    """Make tables and plots from files of results and print which bars are met."""
+    from rankonce.benchmarks.report import write_report
+
+    typer.echo(write_report(files, page=page, plots=plots))
