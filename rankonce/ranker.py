@@ -17,8 +17,8 @@ from torch import Tensor
 
 from rankonce.errors import NumericsError, RankOnceError
 from rankonce.layout import PassPart, TokenizedRequest, plan_passes
+from rankonce.model.execution import PassRunner
 from rankonce.model.loading import LoadedModel, load_model
-from rankonce.model.packing import forward_pass, pack_pass
 from rankonce.model.prefix_cache import KeysValues, PrefixCache
 from rankonce.prompts.encoding import TextEncoder
 from rankonce.prompts.rendering import RenderedRequest, Renderer
@@ -36,12 +36,15 @@ class RankerConfig:
 
     Attributes:
         max_tokens_per_pass: computed tokens of one forward pass; bounds its memory.
+        max_graph_tokens: passes of up to this many tokens are replayed as CUDA graphs, where the
+            model allows it; 0 replays none.
         prefix_cache_mb: bound of the prefix cache in MB; 0 keeps nothing.
         label_mass: also read the whole vocabulary and report the labels' share of it.
         chat: use the tokenizer's chat template; ``None`` uses it where there is one.
     """
 
     max_tokens_per_pass: int = 16_384
+    max_graph_tokens: int = 4096
     prefix_cache_mb: int = 256
     label_mass: bool = False
     chat: bool | None = None
@@ -98,6 +101,11 @@ class Ranker:
         encoder = TextEncoder(model.tokenizer, chat=self.config.chat)
         self.renderer = Renderer(encoder, max_prompt_tokens=model.max_prompt_tokens)
         self.cache = PrefixCache(self.config.prefix_cache_mb * 1_000_000)
+        self.runner = PassRunner(
+            model.network,
+            model.table_keys,
+            max_graph_tokens=self.config.max_graph_tokens if model.is_capturable else 0,
+        )
 
     @classmethod
     def from_pretrained(
@@ -210,19 +218,16 @@ class Ranker:
         from_cache = set(prefixes)
         for number, parts in enumerate(passes):
             going_on = {part.request for later in passes[number + 1 :] for part in later}
-            batch = pack_pass(
+            hidden_CD, kept = self.runner.run(
                 parts,
                 requests,
                 prefixes,
                 keep_prefixes=self.config.prefix_cache_mb > 0 or bool(going_on),
-                device=self.model.device,
-                table_keys=self.model.table_keys,
             )
-            hidden_CD = forward_pass(self.model.network, batch)
-            for index, kept in zip(batch.kept_requests, batch.segment_pass.kept, strict=True):
-                self.cache.put(requests[index].prefix_ids, kept)
+            for index, entry in kept.items():
+                self.cache.put(requests[index].prefix_ids, entry)
                 if index in going_on:
-                    prefixes[index] = kept
+                    prefixes[index] = entry
             row = 0
             for part in parts:
                 rows_CD = hidden_CD[row : row + part.last - part.first]

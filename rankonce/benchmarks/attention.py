@@ -33,6 +33,7 @@ from rankonce.layout import SegmentLayout
 _ROW_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 _GRADIENT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 OPERATION = "segment_attention"
+TILES = "segment_attention tiles"
 OURS, FLEX = "rankonce", "FlexAttention"
 
 
@@ -96,6 +97,59 @@ def ours(inputs: AttentionInputs) -> AttentionPeer:
         return (segment_attention(q_THK, k_TGK, v_TGK, spans, scale=inputs.scale),)
 
     return AttentionPeer(prepare=lambda *qkv: qkv, attend=attend, unpack=lambda out: out[0])
+
+
+def ours_with_tile(place: int, inputs: AttentionInputs) -> AttentionPeer:
+    """Return our kernel with another tile shape, by its place among the choices."""
+    from rankonce.kernels.segment_attention import triton
+    from rankonce.model.packing import spans_of
+
+    spans = spans_of(inputs.layout)
+    config = triton.forward_choices(inputs.q_THK.shape[-1])[place]
+
+    def attend(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor) -> tuple[Tensor]:
+        out_THK = triton.segment_attention_triton(
+            q_THK, k_TGK, v_TGK, spans, scale=inputs.scale, config=config
+        )
+        return (out_THK,)
+
+    return AttentionPeer(
+        prepare=lambda *qkv: qkv, attend=attend, unpack=lambda out: out[0], note=str(config)
+    )
+
+
+def tile_cases(
+    shapes: Sequence[PassShape], heads: Sequence[HeadShape], *, device: str, dtype: torch.dtype
+) -> list[Case]:
+    """List the tile shapes that are worth a try on a GPU, each an arm; the bars ignore them."""
+    from rankonce.kernels.segment_attention import triton
+
+    return [
+        Case(
+            suite="kernels",
+            operation=TILES,
+            direction="forward",
+            shape=shape.name,
+            subject=head.name,
+            dtype=str(dtype).removeprefix("torch."),
+            priority=25 + place,
+            prepare=partial(draw_inputs, shape, head, device=device, dtype=dtype, backward=False),
+            arms=tuple(
+                Arm(
+                    name=config.name,
+                    measure=partial(
+                        measure_peer,
+                        partial(ours_with_tile, choice),
+                        roofline.attention_flop(head, shape, backward=False),
+                    ),
+                    expected_s=4.0,
+                    limit_s=40.0,
+                )
+                for choice, config in enumerate(triton.forward_choices(head.size))
+            ),
+        )
+        for place, (head, shape) in enumerate(product(heads, shapes))
+    ]
 
 
 def reference(inputs: AttentionInputs) -> AttentionPeer:

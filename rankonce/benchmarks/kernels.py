@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankonce.benchmarks.attention import attention_cases, tensor_difference
+from rankonce.benchmarks.attention import attention_cases, tensor_difference, tile_cases
 from rankonce.benchmarks.elementwise import layer_operations, norm_operations
 from rankonce.benchmarks.operations import DENSE_LINEAR, Operation, plain
 from rankonce.benchmarks.products import head_operations, linear_operations
@@ -39,10 +39,13 @@ def kernel_cases(*, device: str, dtype: torch.dtype, small: bool) -> list[Case]:
     shapes, heads = (SMALL_SHAPES, SMALL_HEADS) if small else (SHAPES, HEADS)
     models = SMALL_MODELS if small else (QWEN3_06B, LLAMA_8B)
     main = SMALL_SHAPES[0] if small else MAIN_SHAPE
-    return [
+    cases = [
         *attention_cases(shapes, heads, device=device, dtype=dtype),
         *operation_cases(models, main, device=device, dtype=dtype),
     ]
+    if device.startswith("cuda"):
+        cases += tile_cases(shapes[:2], heads[:2], device=device, dtype=dtype)
+    return cases
 
 
 def operation_cases(

@@ -18,6 +18,7 @@ from rankonce.benchmarks.workloads import (
     PassShape,
     build_network,
 )
+from rankonce.kernels.segment_attention.tiles import TileKey
 from rankonce.layout import PassPart, TokenizedRequest
 
 # Of the relative difference of log-probabilities around their mean; unrelated ones give 1.4.
@@ -34,6 +35,7 @@ class PassInputs:
     Attributes:
         expected_CL: log-probabilities of the first candidates, of one prompt each; of all of them
             once an arm has agreed.
+        table_keys: the attention tables that the network asked for.
     """
 
     model: ModelShape
@@ -44,6 +46,7 @@ class PassInputs:
     dtype: str
     ceilings: Callable[[], Ceilings]
     expected_CL: Tensor = field(default_factory=lambda: torch.empty(0))
+    table_keys: tuple[TileKey, ...] = ()
 
     @property
     def part(self) -> PassPart:
@@ -54,7 +57,14 @@ class PassInputs:
         """Pack the pass."""
         from rankonce.model.packing import pack_pass
 
-        return pack_pass([self.part], [self.request], {}, keep_prefixes=False, device=self.device)
+        return pack_pass(
+            [self.part],
+            [self.request],
+            {},
+            keep_prefixes=False,
+            device=self.device,
+            table_keys=self.table_keys,
+        )
 
     def prompts(self, first: int, last: int) -> Tensor:
         """Return whole prompts of some candidates."""
@@ -165,6 +175,8 @@ def packed_call(inputs: PassInputs) -> tuple[Callable[[], Tensor], dict[str, flo
     from rankonce.model.head import head_of
     from rankonce.model.packing import forward_pass
 
+    learn_tables(inputs)
+
     def score() -> Tensor:
         hidden_CD = forward_pass(inputs.network, inputs.pack())
         head = head_of(inputs.network)
@@ -177,6 +189,17 @@ def packed_call(inputs: PassInputs) -> tuple[Callable[[], Tensor], dict[str, flo
 
     pack()
     return score, {"packing_ms": time_call(pack, "cpu").median_ms}
+
+
+@torch.no_grad()
+def learn_tables(inputs: PassInputs) -> None:
+    """Run a pass to see which tables it asks for, so that later ones move them along."""
+    from rankonce.model.packing import forward_pass
+
+    batch = inputs.pack()
+    forward_pass(inputs.network, batch)
+    tables = batch.segment_pass.spans.tables
+    inputs.table_keys = tuple(key for key in tables if isinstance(key, TileKey))
 
 
 def use_ours(inputs: PassInputs) -> None:
@@ -223,8 +246,24 @@ def measure_accelerated(kind: str | None, inputs: PassInputs) -> Measurement:
 
 
 def measure_graph(kind: str | None, inputs: PassInputs) -> Measurement:
-    """The accelerated pass as a captured graph."""
-    raise UnavailableError("rankonce.model.graphs is not wired into the benchmark")
+    """The accelerated pass as a recorded graph."""
+    from rankonce.model.execution import PassRunner
+    from rankonce.model.head import head_of
+
+    if not inputs.device.startswith("cuda"):
+        raise UnavailableError("recorded on a GPU only")
+    kind = kind or inputs.dtype
+    with accelerated(inputs, _PRECISIONS[kind]):
+        learn_tables(inputs)
+        tokens = inputs.shape.num_tokens
+        runner = PassRunner(inputs.network, inputs.table_keys, max_graph_tokens=tokens)
+
+        def score() -> Tensor:
+            hidden_CD, _ = runner.run([inputs.part], [inputs.request], {}, keep_prefixes=False)
+            head = head_of(inputs.network)
+            return head.label_logprobs(hidden_CD, inputs.request.label_ids)
+
+        return measure(inputs, score, precision=kind)
 
 
 def measure_compiled(inputs: PassInputs) -> Measurement:

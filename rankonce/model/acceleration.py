@@ -51,9 +51,12 @@ class Acceleration:
 
     Attributes:
         report: one line for each thing that was improved or left as it was.
+        is_complete: every layer runs on our kernels and plain products, without a step whose work
+            depends on numbers (experts, dynamic rotary embeddings) or on another library.
     """
 
     report: list[str] = field(default_factory=list)
+    is_complete: bool = False
     _undo: list[Callable[[], None]] = field(default_factory=list)
 
     def undo(self) -> None:
@@ -117,6 +120,11 @@ def accelerate_model(
         layer.forward = fast
         acceleration._undo.append(partial(delattr, layer, "forward"))
     acceleration.report += _report(layers, kept, precision)
+    rope_type = getattr(getattr(decoder, "rotary_emb", None), "rope_type", "default")
+    acceleration.is_complete = rope_type in ("default", "linear", "llama3", "yarn") and all(
+        layer.fuses_mlp and all(_is_plain(one) for p in layer.projections for one in p.linears)
+        for layer in layers
+    )
     for line in acceleration.report:
         logger.info("%s: %s", name, line)
     return acceleration
@@ -372,8 +380,8 @@ def _eps(norm: Any) -> float:
 def _report(layers: list[FastLayer], kept: set[str], precision: str | None) -> list[str]:
     """Say what was improved and what was left."""
     lines = [
-        f"{len(layers)} layers on fused norms, rotary embedding and segment attention; the last one "
-        "computes queries and MLP for the score rows only"
+        f"{len(layers)} layers on fused norms, rotary embedding and segment attention; the last "
+        "one computes queries and MLP for the score rows only"
     ]
     if not all(layer.fuses_mlp for layer in layers):
         lines.append("MLP: left as it is; known is gate, up and down with SiLU or tanh-GELU")

@@ -31,6 +31,7 @@ class SegmentPass:
         cached: for each layer keys and values of the cached prefixes, in the order of their rows.
         kept_rows: for each prefix to be kept, its token rows.
         kept: filled by the layers: for each of ``kept_rows``, keys and values layer by layer.
+        recorded: filled by the layers, where it is given: keys and values of all tokens.
         residual_TD: left by an accelerated layer for the next one, which adds it.
         trimmed: set by the last accelerated layer: its output holds the score rows only.
         sliding_windows: filled by the layers: the windows that they declared.
@@ -43,6 +44,7 @@ class SegmentPass:
     cached: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     kept_rows: list[tuple[int, int]] = field(default_factory=list)
     kept: list[KeysValues] = field(default_factory=list)
+    recorded: KeysValues | None = None
     residual_TD: Tensor | None = None
     trimmed: bool = False
     sliding_windows: set[int] = field(default_factory=set)
@@ -57,6 +59,8 @@ class SegmentPass:
         for prefix, (start, end) in zip(self.kept, self.kept_rows, strict=True):
             # Copies: a view would keep the whole pass alive in the cache.
             prefix.append((k_TGK[start:end].clone(), v_TGK[start:end].clone()))
+        if self.recorded is not None:
+            self.recorded.append((k_TGK, v_TGK))
         layer = self.num_layers
         self.num_layers += 1
         if not self.cached:

@@ -65,6 +65,11 @@ class LoadedModel:
         """Where the weights are."""
         return self.head.weight_VD.device
 
+    @property
+    def is_capturable(self) -> bool:
+        """Whether its passes can be recorded as CUDA graphs: every step runs on our kernels."""
+        return self.device.type == "cuda" and self.acceleration.is_complete
+
     def check_ids(self, request: TokenizedRequest) -> None:
         """Refuse tokens that the tokenizer knows and the checkpoint has no embedding of.
 

@@ -58,7 +58,7 @@ class HostPass:
         tables = [table for part in self.tables for pair in part.values() for table in pair]
         return [self.token_ids_T, self.positions_T, self.score_rows_C, *tables]
 
-    def on_device(self, tensors: Sequence[Tensor], cached: list[KeysValues]) -> PackedBatch:
+    def on_device(self, tensors: Sequence[Tensor], cached: Sequence[KeysValues]) -> PackedBatch:
         """Put a pass together from its arrays on the device.
 
         Args:
@@ -76,7 +76,7 @@ class HostPass:
                 spans=self.spans,
                 score_spans=self.score_spans,
                 score_rows_C=score_rows_C,
-                cached=_joined(cached),
+                cached=join_prefixes(cached),
                 kept_rows=self.kept_rows,
                 kept=[[] for _ in self.kept_rows],
             ),
@@ -199,6 +199,9 @@ def forward_pass(network: torch.nn.Module, batch: PackedBatch) -> Tensor:
     states = decoder(
         input_ids=batch.token_ids_T[None],
         position_ids=batch.positions_T[None],
+        # transformers takes a mask of four dimensions as it is. Without one it looks for sequences
+        # in the positions and waits for the answer.
+        attention_mask=batch.positions_T.new_empty((1, 1, 1, 1)),
         use_cache=False,
         segment_pass=segment_pass,
     )
@@ -206,10 +209,10 @@ def forward_pass(network: torch.nn.Module, batch: PackedBatch) -> Tensor:
     return hidden if segment_pass.trimmed else hidden.index_select(0, segment_pass.score_rows_C)
 
 
-def _joined(cached: list[KeysValues]) -> list[tuple[Tensor, Tensor]]:
-    """Join the cached prefixes of a pass layer by layer."""
+def join_prefixes(cached: Sequence[KeysValues]) -> KeysValues:
+    """Join the cached prefixes of a pass layer by layer, in the order of their rows."""
     if len(cached) == 1:
-        return list(cached[0])
+        return cached[0]
     return [
         (torch.cat([k for k, _ in layer]), torch.cat([v for _, v in layer]))
         for layer in zip(*cached, strict=True)

@@ -95,3 +95,13 @@ def test_every_arm_that_runs_on_a_cpu_agrees(
     assert {passes.PLAIN, "transformers, separate prompts"} <= measured
     absent = [row for row in rows if row.status == results.NOT_MEASURED]
     assert all(row.reason for row in absent)
+
+
+def test_every_tile_shape_to_be_measured_has_a_name_of_its_own() -> None:
+    from rankonce.benchmarks.attention import tile_cases
+    from rankonce.benchmarks.workloads import HEADS, SHAPES
+
+    cases = tile_cases(SHAPES[:2], HEADS[:2], device="cuda", dtype=torch.bfloat16)
+    for case in cases:
+        names = [arm.name for arm in case.arms]
+        assert len(names) == len(set(names)) >= 10

@@ -1,7 +1,7 @@
 """The ranges that say who sees whom."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -110,6 +110,18 @@ class SegmentSpans:
             prefix_start = np.maximum(prefix_start, prefix_end - in_prefix)
         columns = (prefix_start, prefix_end, own_start, own_end)
         return np.stack(columns, axis=1).astype(np.int32)
+
+    def padded(self, num_queries: int) -> "SegmentSpans":
+        """Add queries up to a number; only kernels whose tables leave them out may see these."""
+        # Spans of one token, so that no window comes to matter for them.
+        extra = np.arange(self.num_queries, num_queries)
+        zeros = np.zeros_like(extra)
+        columns = (extra, extra + 1, zeros, zeros + 1, zeros, zeros)
+        joined = {
+            name: np.concatenate((getattr(self, name), more)).astype(np.int32)
+            for name, more in zip(COLUMNS, columns, strict=True)
+        }
+        return replace(self, **joined, tables={})
 
     def shortened(self, window: int | None) -> bool:
         """Whether a window hides anything that a query would see without it."""

@@ -51,6 +51,13 @@ class TileConfig:
     num_stages: int
     copy_engine: bool = False
 
+    @property
+    def name(self) -> str:
+        """What tables call it."""
+        loads = "copies" if self.copy_engine else "pointers"
+        shape = f"{self.rows}x{self.keys}, edge {self.edge}"
+        return f"{shape}, {self.num_warps} warps, {self.num_stages} stages, {loads}"
+
 
 def forward_config(head_size: int, dtype: torch.dtype, capability: int) -> TileConfig:
     """Choose the forward tile for a chip.
