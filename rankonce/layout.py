@@ -102,7 +102,7 @@ def lay_out_pass(
     needed = sum(n for part, n in zip(parts, prefix_lengths, strict=True) if part.cached)
     num_cached = max(needed, cached_rows)
     spans: list[tuple[int, int, int, int, int]] = []
-    positions: list[NDArray[np.int64]] = []
+    first_positions: list[int] = []
     score_rows: list[int] = []
     row, cached_row = 0, 0
     for part, prefix_length, lengths in zip(parts, prefix_lengths, segment_lengths, strict=True):
@@ -113,16 +113,17 @@ def lay_out_pass(
             prefix_start = num_cached + row
             if prefix_length:
                 spans.append((row, row + prefix_length, prefix_start, 0, 0))
-                positions.append(np.arange(prefix_length))
+                first_positions.append(0)
             row += prefix_length
         for length in lengths:
             spans.append(
                 (row, row + length, num_cached + row, prefix_start, prefix_start + prefix_length)
             )
-            positions.append(np.arange(prefix_length, prefix_length + length))
+            first_positions.append(prefix_length)
             row += length
             score_rows.append(row - 1)
     columns = np.array(spans, dtype=np.int64).reshape(-1, 5).T
+    shifts = np.array(first_positions, dtype=np.int64) - columns[0]
     return SegmentLayout(
         query_start=columns[0],
         query_end=columns[1],
@@ -130,7 +131,7 @@ def lay_out_pass(
         key_end=columns[2] + columns[1] - columns[0],
         prefix_start=columns[3],
         prefix_end=columns[4],
-        positions_T=np.concatenate(positions) if positions else np.empty(0, dtype=np.int64),
+        positions_T=np.arange(row) + np.repeat(shifts, columns[1] - columns[0]),
         score_rows_C=np.array(score_rows, dtype=np.int64),
         num_keys=num_cached + row,
     )

@@ -1,6 +1,7 @@
 """Compile every kernel variant ahead of time and read what came out: no GPU is needed.
 
-    python -m rankonce.benchmarks.machine_code [--output results/machine-code.json]
+    python -m rankonce.benchmarks.machine_code --output RECORD
+    python -m rankonce.benchmarks.machine_code --record RECORD --page docs/kernels.md
 
 Registers and spills are what ``ptxas`` reports for the PTX that Triton made; they differ between
 versions of Triton, so the record names the version.
@@ -11,11 +12,15 @@ import json
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from rankonce.environment import describe_environment
+from rankonce.errors import DataError, RankOnceError
 
 # Shared memory of one block, in bytes (CUDA C++ Programming Guide, technical specifications).
 SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -121,39 +126,92 @@ def _assemble(ptx: str, capability: int) -> tuple[int, int]:
     return int(registers[1]), int(stores[1]) + int(stores[2])
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Compile everything and write the record."""
-    parser = argparse.ArgumentParser(description="compile every kernel ahead of time")
-    parser.add_argument("--capability", type=int, nargs="+", choices=[80, 90, 100])
-    parser.add_argument("--only", default="", help="variants whose name contains this")
-    parser.add_argument("--output", type=Path, help="write the record to this file")
-    options = parser.parse_args(arguments)
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        parser.error("TRITON_INTERPRET is set: kernels are interpreted and cannot be compiled")
+def render(record: dict[str, Any]) -> str:
+    """Return the table of a record: registers, spilled bytes and shared memory by chip."""
+    capabilities = sorted({row["capability"] for row in record["kernels"]})
+    cells: dict[str, dict[int, str]] = {}
+    for row in record["kernels"]:
+        spilled = f" + {row['spill_bytes']} B spilled" if row["spill_bytes"] else ""
+        unit = (row["tensor_core"] or "–").split(".")[0]
+        shared = f"{row['shared_bytes'] / 1024:.0f} KiB"
+        cells.setdefault(row["name"], {})[row["capability"]] = (
+            f"{row['registers']}{spilled}, {shared}, {unit}"
+        )
+    lines = [
+        f"Triton {record['triton']}, commit {record['environment']['commit']}: registers a thread, "
+        "shared memory a block, tensor-core instruction.",
+        "",
+        f"| kernel | {' | '.join(f'sm_{one}' for one in capabilities)} |",
+        f"| --- |{' --- |' * len(capabilities)}",
+    ]
+    for name, found in cells.items():
+        lines.append(f"| {name} | {' | '.join(found.get(one, '–') for one in capabilities)} |")
+    return "\n".join(lines)
+
+
+def update_page(page: Path, record: dict[str, Any]) -> None:
+    """Write the table between the page's markers.
+
+    Raises:
+        DataError: the page has none.
+    """
+    text = page.read_text()
+    found = re.search(r"(<!-- begin: machine code -->\n).*?(<!-- end -->)", text, re.DOTALL)
+    if found is None:
+        raise DataError(f"{page}: should hold <!-- begin: machine code --> … <!-- end -->")
+    table = f"{found[1]}\n{render(record)}\n\n{found[2]}"
+    page.write_text(text[: found.start()] + table + text[found.end() :])
+
+
+def compile_all(capabilities: Sequence[int], only: str = "") -> dict[str, Any]:
+    """Compile every variant whose name contains ``only`` for the chips that it is for."""
     import triton
     from tqdm import tqdm
 
-    from rankonce.environment import describe_environment
-
     jobs = [
         (variant, capability)
-        for capability in options.capability or (80, 90, 100)
+        for capability in capabilities
         for variant in all_variants()
-        if variant.min_capability <= capability <= variant.max_capability
-        and options.only in variant.name
+        if variant.min_capability <= capability <= variant.max_capability and only in variant.name
     ]
     rows = [asdict(compile_variant(*job)) for job in tqdm(jobs, desc="compiling", disable=None)]
-    record = {
+    return {
         "environment": describe_environment(),
         "triton": triton.__version__,
         "kernels": rows,
     }
-    text = json.dumps(record, indent=1)
-    if options.output:
-        options.output.write_text(text + "\n")
-    else:
-        print(text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compile everything and write the record; or write a record's table into a page."""
+    parser = argparse.ArgumentParser(
+        prog="python -m rankonce.benchmarks.machine_code",
+        description="Compile every kernel ahead of time; no GPU is needed.",
+    )
+    parser.add_argument("--capability", type=int, nargs="+", choices=[80, 90, 100])
+    parser.add_argument("--only", default="", help="variants whose name contains this")
+    parser.add_argument("--output", type=Path, help="write the record to this file")
+    parser.add_argument("--record", type=Path, help="compile nothing, read this record")
+    parser.add_argument("--page", type=Path, help="Markdown with <!-- begin: machine code -->")
+    options = parser.parse_args(arguments)
+    try:
+        if options.record:
+            record = json.loads(options.record.read_text())
+        elif os.environ.get("TRITON_INTERPRET") == "1":
+            parser.error("TRITON_INTERPRET is set: kernels are interpreted and cannot be compiled")
+        else:
+            record = compile_all(options.capability or (80, 90, 100), options.only)
+        if options.output:
+            options.output.write_text(json.dumps(record, indent=1) + "\n")
+        if options.page:
+            update_page(options.page, record)
+        if not (options.output or options.page):
+            print(render(record))
+    except (RankOnceError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

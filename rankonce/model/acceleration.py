@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -126,7 +126,7 @@ def accelerate_model(
         for layer in layers
     )
     for line in acceleration.report:
-        logger.info("%s: %s", name, line)
+        _log_line(name, line)
     return acceleration
 
 
@@ -395,3 +395,8 @@ def _report(layers: list[FastLayer], kept: set[str], precision: str | None) -> l
     if not all(_is_plain(linear) for product in products for linear in product.linears):
         lines.append("layers that are not plain linears (adapters, 8 and 4 bits) run one by one")
     return lines
+
+
+@cache
+def _log_line(name: str, line: str) -> None:
+    logger.info("%s: %s", name, line)

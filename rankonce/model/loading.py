@@ -19,10 +19,12 @@ from rankonce.model.acceleration import Acceleration, accelerate_model
 from rankonce.model.attention import ATTENTION_NAME, SegmentPass, register_segment_attention
 from rankonce.model.head import Head, head_of
 from rankonce.model.packing import forward_pass, pack_pass
-from rankonce.model.precision import find_precision, loading_options
+from rankonce.model.precision import find_precision, loading_options, settle_4bit_layers
 
 # Largest difference of logits between packed and separate, as a part of the largest logit.
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# The same for 8-bit products: a difference in the last bit moves inputs by a whole step.
+_QUANTIZED_TOLERANCE = 1e-1
 # What transformers raises for files that are missing, broken or hold values that make no sense.
 _UNUSABLE_FILES = (
     OSError,
@@ -144,6 +146,8 @@ def load_model(
         )
     if chosen.bits is None:
         network = network.to(device)
+    else:
+        settle_4bit_layers(network)
     return prepare_model(network.eval(), tokenizer, name=source, fp8=chosen.fp8, keep=keep)
 
 
@@ -283,7 +287,10 @@ def check_packable(network: Any, head: Head) -> tuple[Acceleration, SegmentPass]
             f"{name}: gives NaN or infinity; its weights or its precision are at fault"
         )
     worst = float((packed - expected).abs().max() / expected.abs().max().clamp(min=1.0))
-    if not worst <= _TOLERANCE.get(head.weight_VD.dtype, 1e-4):
+    tolerance = _TOLERANCE.get(head.weight_VD.dtype, 1e-4)
+    if getattr(network, "is_loaded_in_8bit", False):
+        tolerance = max(tolerance, _QUANTIZED_TOLERANCE)
+    if not worst <= tolerance:
         raise ModelError(
             f"{name}: packed and separate logits differ by {worst:.2g} of the largest logit; its "
             "layers or its head do more than RankOnce knows of"

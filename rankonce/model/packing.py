@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 import torch
@@ -125,21 +126,23 @@ def pack_on_host(
     layout = lay_out_pass(
         parts, prefix_lengths, [[len(ids) for ids in s] for s in segments], cached_rows=cached_rows
     )
-    tokens: list[int] = []
+    pieces: list[Sequence[int]] = []
+    row = 0
     kept_rows, kept_requests = [], []
     for part, part_segments in zip(parts, segments, strict=True):
         if not part.cached:
             prefix_ids = requests[part.request].prefix_ids
             if keep_prefixes and prefix_ids:
-                kept_rows.append((len(tokens), len(tokens) + len(prefix_ids)))
+                kept_rows.append((row, row + len(prefix_ids)))
                 kept_requests.append(part.request)
-            tokens.extend(prefix_ids)
-        for ids in part_segments:
-            tokens.extend(ids)
+            pieces.append(prefix_ids)
+            row += len(prefix_ids)
+        pieces += part_segments
+        row += sum(map(len, part_segments))
     spans = spans_of(layout)
     score_spans = last_queries(spans, layout.score_rows_C)
     return HostPass(
-        token_ids_T=np.array(tokens, dtype=np.int32),
+        token_ids_T=np.fromiter(chain.from_iterable(pieces), dtype=np.int32, count=row),
         positions_T=layout.positions_T.astype(np.int32),
         score_rows_C=layout.score_rows_C.astype(np.int32),
         spans=spans,
