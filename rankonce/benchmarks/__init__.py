@@ -1,5 +1,6 @@
 """Measurements of the kernels and of whole passes, each beside its limit and its peers.
 
 ``python -m rankonce.benchmarks`` runs where only PyTorch, transformers and Triton are installed:
-nothing here imports the ranker, the prompts or the command line.
+nothing here imports the ranker, the prompts, the datasets or the command line, but for
+``precision_requests``, which does so only to read requests that are not tokenised.
 """

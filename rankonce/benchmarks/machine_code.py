@@ -19,8 +19,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rankonce.benchmarks.pages import update_page
 from rankonce.environment import describe_environment
-from rankonce.errors import DataError, RankOnceError
+from rankonce.errors import RankOnceError
 
 # Shared memory of one block, in bytes (CUDA C++ Programming Guide, technical specifications).
 SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -149,20 +150,6 @@ def render(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def update_page(page: Path, record: dict[str, Any]) -> None:
-    """Write the table between the page's markers.
-
-    Raises:
-        DataError: the page has none.
-    """
-    text = page.read_text()
-    found = re.search(r"(<!-- begin: machine code -->\n).*?(<!-- end -->)", text, re.DOTALL)
-    if found is None:
-        raise DataError(f"{page}: should hold <!-- begin: machine code --> … <!-- end -->")
-    table = f"{found[1]}\n{render(record)}\n\n{found[2]}"
-    page.write_text(text[: found.start()] + table + text[found.end() :])
-
-
 def compile_all(capabilities: Sequence[int], only: str = "") -> dict[str, Any]:
     """Compile every variant whose name contains ``only`` for the chips that it is for."""
     import triton
@@ -204,7 +191,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.output:
             options.output.write_text(json.dumps(record, indent=1) + "\n")
         if options.page:
-            update_page(options.page, record)
+            table = render(record)
+            update_page(options.page, {"machine code": table}.get, example="machine code")
         if not (options.output or options.page):
             print(render(record))
     except (RankOnceError, OSError) as error:

@@ -1,17 +1,15 @@
 """``python -m rankonce.benchmarks.report``: tables, plots and bars from files of results alone."""
 
 import argparse
-import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from rankonce.benchmarks import bars
 from rankonce.benchmarks.attention import OPERATION
+from rankonce.benchmarks.pages import update_page
 from rankonce.benchmarks.results import MEASURED, Results, Row, first_line, load
 from rankonce.errors import DataError, RankOnceError
-
-_MARKED = re.compile(r"(<!-- begin: (\w+) ([\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def merge(paths: Sequence[Path]) -> dict[str, Results]:
@@ -175,35 +173,22 @@ _TABLES: dict[str, Callable[[Results], str]] = {
 }
 
 
-def update_page(page: Path, merged: dict[str, Results]) -> int:
+def write_page(page: Path, merged: dict[str, Results]) -> None:
     """Write the tables between the markers of a page.
-
-    Returns:
-        How many fragments were written.
 
     Raises:
         DataError: a marker names no table, or none of the page is about these results.
     """
-    text, count = page.read_text(), 0
 
-    def fragment(match: re.Match[str]) -> str:
-        nonlocal count
-        begin, table, chip, end = match.groups()
+    def text_of(name: str) -> str | None:
+        table, _, chip = name.rpartition(" ")
+        if chip not in merged:
+            return None
         if table not in _TABLES:
             raise DataError(f"{page}: marker {table!r} should be one of {', '.join(_TABLES)}")
-        if chip not in merged:
-            return match[0]
-        count += 1
-        return f"{begin}\n{_TABLES[table](merged[chip])}\n\n{end}"
+        return _TABLES[table](merged[chip])
 
-    text = _MARKED.sub(fragment, text)
-    if not count:
-        chips = ", ".join(merged)
-        raise DataError(
-            f"{page}: has no marker like <!-- begin: kernels {chips} --> … <!-- end -->"
-        )
-    page.write_text(text)
-    return count
+    update_page(page, text_of, example=f"kernels {next(iter(merged))}")
 
 
 def evaluate_bars(paths: Sequence[Path]) -> list[bars.Bar]:
@@ -227,7 +212,7 @@ def write_report(
     """
     merged = merge(paths)
     if page is not None:
-        update_page(page, merged)
+        write_page(page, merged)
     if plots is not None:
         from rankonce.benchmarks.plots import plot_results
 

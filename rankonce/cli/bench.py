@@ -62,6 +62,65 @@ def whole_pass(
 
 
 @app.command()
+def precision(
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER|ID", help="Checkpoint.", show_default="the embedded ranker"),
+    ] = None,
+    requests: Annotated[
+        Path | None, typer.Option(help="JSON lines of requests, with labels beside if known.")
+    ] = None,
+    tokens: Annotated[Path | None, typer.Option(help="JSON lines of tokenised requests.")] = None,
+    ml_small: Annotated[
+        Path | None, typer.Option(help="Folder of MovieLens latest-small: its valid part.")
+    ] = None,
+    members: Annotated[int, typer.Option(help="Members of ml-small at most.")] = 300,
+    arm: Annotated[
+        list[str] | None,
+        typer.Option(help="May be given several times.", show_default="all", metavar="NAME"),
+    ] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERNS",
+            help="Also FP8 but for these linear layers, such as *.o_proj,*.down_proj; may be given "
+            "several times.",
+        ),
+    ] = None,
+    device: DeviceOption = None,
+    save_tokens: Annotated[
+        Path | None, typer.Option(help="File for the tokenised requests.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="JSON.", show_default="results/precision-<model>.json")
+    ] = None,
+    record: Annotated[Path | None, typer.Option(help="Score nothing, read this record.")] = None,
+    page: Annotated[
+        Path | None, typer.Option(help="Markdown page with <!-- begin: precision -->.")
+    ] = None,
+) -> None:
+    """Compare FP8 and the head's precisions with bf16 by how they rank the same requests."""
+    from rankonce.benchmarks.precision import PrecisionOptions, run_precision
+    from rankonce.benchmarks.precision_arms import ARMS
+
+    options = PrecisionOptions(
+        model=model,
+        device=device,
+        arms=tuple(arm or ARMS),
+        keep=tuple(keep or ()),
+        requests=requests,
+        tokens=tokens,
+        ml_small=ml_small,
+        num_members=members,
+        save_tokens=save_tokens,
+        output=output,
+        record=record,
+        page=page,
+    )
+    raise typer.Exit(run_precision(options))
+
+
+@app.command()
 def report(
     files: Annotated[
         list[Path],

@@ -8,6 +8,7 @@ import typer
 
 from rankonce.cli.options import (
     DeviceOption,
+    KeepOption,
     MaxTokensPerPassOption,
     ModelOption,
     PrecisionOption,
@@ -46,6 +47,7 @@ def evaluate(
     ] = 200,
     device: DeviceOption = None,
     precision: PrecisionOption = None,
+    keep: KeepOption = None,
     max_tokens_per_pass: MaxTokensPerPassOption = None,
     trust_remote_code: TrustRemoteCodeOption = False,
 ) -> None:
@@ -67,6 +69,7 @@ def evaluate(
         model,
         device=device,
         precision=precision,
+        keep=keep,
         max_tokens_per_pass=max_tokens_per_pass,
         trust_remote_code=trust_remote_code,
     )

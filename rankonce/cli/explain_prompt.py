@@ -14,6 +14,7 @@ import typer
 from rankonce.cli.options import (
     ChatOption,
     DeviceOption,
+    KeepOption,
     ModelOption,
     PrecisionOption,
     RequestsArgument,
@@ -51,6 +52,7 @@ def explain_prompt(
     task_file: TaskFileOption = None,
     device: DeviceOption = None,
     precision: PrecisionOption = None,
+    keep: KeepOption = None,
     trust_remote_code: TrustRemoteCodeOption = False,
     chat: ChatOption = None,
 ) -> None:
@@ -70,6 +72,7 @@ def explain_prompt(
         task_files=task_file,
         device=device,
         precision=precision,
+        keep=keep,
         trust_remote_code=trust_remote_code,
         chat=chat,
     )

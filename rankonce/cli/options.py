@@ -15,11 +15,14 @@ if TYPE_CHECKING:
 
 
 class Precision(StrEnum):
-    """Number formats of the weights."""
+    """The names of ``rankonce.model.precision.PRECISIONS``, which imports torch."""
 
     FP32 = "fp32"
     BF16 = "bf16"
     FP16 = "fp16"
+    FP8 = "fp8"
+    INT8 = "int8"
+    NF4 = "nf4"
 
 
 def _check_requests(path: Path) -> Path:
@@ -63,7 +66,18 @@ DeviceOption = Annotated[
 PrecisionOption = Annotated[
     Precision | None,
     typer.Option(
-        "--precision", help="Of the weights.", show_default="bf16 on a GPU, fp32 on a CPU"
+        "--precision",
+        help="Of the weights; int8 and nf4 need bitsandbytes.",
+        show_default="bf16 on a GPU, fp32 on a CPU",
+    ),
+]
+KeepOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--keep",
+        metavar="PATTERN",
+        help="Linear layers that FP8 leaves as they are, such as *.down_proj; may be given several "
+        "times.",
     ),
 ]
 MaxTokensPerPassOption = Annotated[
@@ -107,6 +121,7 @@ def load_ranker(
     task_files: Sequence[Path] | None = None,
     device: str | None = None,
     precision: Precision | None = None,
+    keep: Sequence[str] | None = None,
     max_tokens_per_pass: int | None = None,
     prefix_cache_mb: int | None = None,
     label_mass: bool = False,
@@ -132,6 +147,7 @@ def load_ranker(
         model or EMBEDDED_MODEL,
         device=device,
         precision=precision,
+        keep=tuple(keep or ()),
         trust_remote_code=trust_remote_code,
         tasks=own_tasks,
         config=RankerConfig(label_mass=label_mass, chat=chat, **given),

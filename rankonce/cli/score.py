@@ -13,6 +13,7 @@ import typer
 from rankonce.cli.options import (
     ChatOption,
     DeviceOption,
+    KeepOption,
     LabelMassOption,
     MaxTokensPerPassOption,
     ModelOption,
@@ -61,6 +62,7 @@ def score(
     task_file: TaskFileOption = None,
     device: DeviceOption = None,
     precision: PrecisionOption = None,
+    keep: KeepOption = None,
     max_tokens_per_pass: MaxTokensPerPassOption = None,
     prefix_cache_mb: PrefixCacheOption = None,
     label_mass: LabelMassOption = False,
@@ -82,6 +84,7 @@ def score(
         task_files=task_file,
         device=device,
         precision=precision,
+        keep=keep,
         max_tokens_per_pass=max_tokens_per_pass,
         prefix_cache_mb=prefix_cache_mb,
         label_mass=label_mass,

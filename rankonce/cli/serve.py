@@ -1,5 +1,6 @@
 """``rankonce serve``: scores over HTTP."""
 
+import logging
 from typing import Annotated
 
 import typer
@@ -7,6 +8,7 @@ import typer
 from rankonce.cli.options import (
     ChatOption,
     DeviceOption,
+    KeepOption,
     MaxTokensPerPassOption,
     ModelOption,
     PrecisionOption,
@@ -35,6 +37,7 @@ def serve(
     task_file: TaskFileOption = None,
     device: DeviceOption = None,
     precision: PrecisionOption = None,
+    keep: KeepOption = None,
     max_tokens_per_pass: MaxTokensPerPassOption = None,
     prefix_cache_mb: PrefixCacheOption = None,
     trust_remote_code: TrustRemoteCodeOption = False,
@@ -52,6 +55,8 @@ def serve(
     from rankonce.serving.app import open_listener, run_server
     from rankonce.serving.engine import ServerConfig
 
+    # A server's log says how the model runs; uvicorn's has the same level.
+    logging.getLogger("rankonce").setLevel(logging.INFO)
     config = ServerConfig(host=host, port=port, served_model_name=served_model_name)
     # A taken port should be known before the weights are read.
     listener = open_listener(config)
@@ -60,6 +65,7 @@ def serve(
         task_files=task_file,
         device=device,
         precision=precision,
+        keep=keep,
         max_tokens_per_pass=max_tokens_per_pass,
         prefix_cache_mb=prefix_cache_mb,
         trust_remote_code=trust_remote_code,

@@ -246,6 +246,11 @@ class FastLayer:
         segment_pass: SegmentPass,
     ) -> Tensor:
         attention, spans = self.attention, segment_pass.spans
+        if attention.training and attention.attention_dropout:
+            raise ModelError(
+                f"{type(attention).__name__}: attention_dropout should be 0 in packed passes, "
+                f"is {attention.attention_dropout}"
+            )
         cos_TK, sin_TK = (table[0] for table in position_embeddings)
         parts = [
             part.unflatten(1, (-1, self.head_size)) for part in self.query_key_value(normed_TD)

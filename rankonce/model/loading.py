@@ -146,7 +146,7 @@ def load_model(
         )
     if chosen.bits is None:
         network = network.to(device)
-    else:
+    if getattr(network, "is_loaded_in_4bit", False):
         settle_4bit_layers(network)
     return prepare_model(network.eval(), tokenizer, name=source, fp8=chosen.fp8, keep=keep)
 

@@ -44,6 +44,9 @@ old
 <!-- begin: kernels other-chip -->
 stays
 <!-- end -->
+<!-- begin: machine code -->
+stays too
+<!-- end -->
 """
 
 
@@ -160,7 +163,8 @@ def test_a_page_is_made_of_the_files_alone_and_comes_out_the_same_twice(tmp_path
     assert "- commit: abc" in text
     assert "old" not in text
     assert "text between" in text
-    assert "stays" in text
+    assert "stays\n" in text
+    assert "stays too" in text
     report.write_report([path], page=page)
     assert page.read_text() == text
     # Other numbers in the file are other numbers on the page.
@@ -203,7 +207,7 @@ def test_a_page_without_a_usable_marker_is_refused(tmp_path: Path, page: str, fa
     path, file = written(tmp_path, good_rows()), tmp_path / "page.md"
     file.write_text(page)
     with pytest.raises(DataError, match=fault):
-        report.update_page(file, report.merge([path]))
+        report.write_page(file, report.merge([path]))
     assert file.read_text() == page
 
 

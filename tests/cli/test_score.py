@@ -493,7 +493,7 @@ def test_without_resume_results_and_rejects_start_anew(
         (["in.jsonl", "--out", "out.csv"], "should end in .jsonl or .parquet"),
         (["in.jsonl", "--out", "in.jsonl"], "three files"),
         (["in.jsonl", "--out", "out.jsonl", "--rejects", "./out.jsonl"], "three files"),
-        (["in.jsonl", "--precision", "fp8"], "--precision"),
+        (["in.jsonl", "--precision", "fp7"], "--precision"),
         (["in.jsonl", "--max-tokens-per-pass", "0"], "--max-tokens-per-pass"),
         (["in.jsonl", "--task-file", "missing.yaml"], "missing.yaml"),
         (["in.jsonl", "--colour"], "--colour"),

@@ -242,13 +242,13 @@ def test_triton_takes_a_candidate_of_two_thousand_tokens(device) -> None:
     torch.testing.assert_close(out.double(), exact, atol=2e-3, rtol=0)
 
 
-def test_triton_reaches_addresses_beyond_two_to_the_31_bytes(device) -> None:
-    # Rows that are a gigabyte apart; memory that is not touched costs nothing on a CPU.
+def test_triton_reaches_elements_beyond_two_to_the_31(device) -> None:
+    # Rows that are two gigabytes apart; memory that is not touched costs nothing on a CPU.
     spans, num_tokens, num_keys = build_spans([(False, 2, [1])])
     near = random_inputs(num_tokens, num_keys, 1, 1, 16, torch.float16, DEVICE)
     far = []
     for tensor in near:
-        apart = torch.empty((3, 1, 2**29), dtype=torch.float16, device=DEVICE)[..., :16]
+        apart = torch.empty((3, 1, 2**30 + 16), dtype=torch.float16, device=DEVICE)[..., :16]
         apart.copy_(tensor.detach())
         far.append(apart.requires_grad_())
     actual = values_and_gradients(segment_attention_triton(*far, spans, scale=0.25), far)

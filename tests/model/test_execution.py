@@ -15,7 +15,7 @@ from rankonce.layout import PassPart, TokenizedRequest
 from rankonce.model import acceleration
 from rankonce.model.execution import PassRunner, bucket_of
 from rankonce.model.loading import prepare_model
-from tests.conftest import build_network, build_tokenizer
+from tests.conftest import build_network
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -54,8 +54,8 @@ def on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 def build_runners(
     architecture: str, **shape: object
 ) -> tuple[PassRunner, PassRunner, list[TileKey]]:
-    network = build_network(architecture, **shape).to(DEVICE)
-    model = prepare_model(network, build_tokenizer(), name=architecture)
+    network = build_network(architecture, num_hidden_layers=2, **shape).to(DEVICE)
+    model = prepare_model(network, None, name=architecture)
     config = forward_config(16, torch.float32, 80)
     windows = {None, shape.get("sliding_window")}
     keys = [tile_key(4, 2, config, window) for window in windows]
