@@ -291,14 +291,14 @@ class Ranker:
     ) -> RawScores:
         head = self.model.head
         if not whole:
-            return RawScores(labels_CL=head.label_logprobs(rows_CD, request.label_ids).cpu())
+            return RawScores(labels_CL=head.label_logprobs(rows_CD, request.label_ids))
         scores = head.vocabulary_logprobs(rows_CD, request.label_ids, num_top=num_top)
         mass_C = scores.labels_CL.logsumexp(dim=1)
         return RawScores(
-            labels_CL=(scores.labels_CL - mass_C[:, None]).cpu(),
-            mass_C=mass_C.cpu(),
-            top_logprobs_CN=scores.top_logprobs_CN.cpu(),
-            top_ids_CN=scores.top_ids_CN.cpu(),
+            labels_CL=scores.labels_CL - mass_C[:, None],
+            mass_C=mass_C,
+            top_logprobs_CN=scores.top_logprobs_CN,
+            top_ids_CN=scores.top_ids_CN,
         )
 
 
@@ -315,12 +315,14 @@ def _count_tokens(
 
 
 def _join(pieces: Sequence[RawScores]) -> RawScores:
+    """Join the parts of a request on the host: the first wait for the device, after all passes."""
+
     def rows(name: str) -> Tensor | None:
         tensors = [getattr(piece, name) for piece in pieces]
-        return None if tensors[0] is None else torch.cat(tensors)
+        return None if tensors[0] is None else torch.cat(tensors).cpu()
 
     return RawScores(
-        labels_CL=torch.cat([piece.labels_CL for piece in pieces]),
+        labels_CL=torch.cat([piece.labels_CL for piece in pieces]).cpu(),
         mass_C=rows("mass_C"),
         top_logprobs_CN=rows("top_logprobs_CN"),
         top_ids_CN=rows("top_ids_CN"),

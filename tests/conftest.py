@@ -7,6 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Read when Triton is first imported, which some versions of transformers do: its kernels then
+    # run on CPU tensors, slowly.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -14,11 +20,8 @@ if TYPE_CHECKING:
     from rankonce.model.loading import LoadedModel
     from rankonce.records import ScoreRequest
 
-# What follows imports RankOnce where it needs it: the package may import Triton, which must be told
-# before, and the kernels' tests run where the libraries of prompts and serving are not installed.
-if not torch.cuda.is_available():
-    # Read when Triton is first imported: its kernels then run on CPU tensors, slowly.
-    os.environ["TRITON_INTERPRET"] = "1"
+# What follows imports RankOnce where it needs it: the kernels' tests run where the libraries of
+# prompts and serving are not installed.
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 CHAT_TEMPLATE = (

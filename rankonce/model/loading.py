@@ -182,7 +182,7 @@ def prepare_model(
         acceleration=acceleration,
         table_keys=tuple(
             replace(key, window=window)
-            for key in probe.spans.tables
+            for key in dict.fromkeys((*probe.spans.tables, *probe.score_spans.tables))
             if isinstance(key, TileKey)
             for window in (None, *sorted(windows))
         ),

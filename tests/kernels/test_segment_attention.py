@@ -12,7 +12,7 @@ from rankonce.kernels.segment_attention import triton as triton_path
 from rankonce.kernels.segment_attention.cpu import segment_attention_cpu
 from rankonce.kernels.segment_attention.reference import segment_attention_reference
 from rankonce.kernels.segment_attention.tiles import TileKey, key_tables, query_tables
-from rankonce.kernels.segment_attention.triton import segment_attention_triton
+from rankonce.kernels.segment_attention.triton import TileConfig, segment_attention_triton
 from rankonce.layout import PassPart, lay_out_pass
 from rankonce.model.packing import spans_of
 from tests.kernels.conftest import DEVICE
@@ -145,6 +145,7 @@ def check_triton(
     softcap: float | None = None,
     window: int | None = None,
     last_only: bool = False,
+    config: TileConfig | None = None,
 ) -> None:
     """Apply the rule of FlashAttention's tests: at most twice the error of the same dtype."""
     spans, _, num_keys = build_spans(layout)
@@ -157,6 +158,10 @@ def check_triton(
     actual = values_and_gradients(
         segment_attention_triton(*inputs, spans, window=window, **options), inputs
     )
+    if config is not None:
+        with torch.no_grad():
+            out = segment_attention_triton(*inputs, spans, window=window, config=config, **options)
+        actual = [out, *actual[1:]]
     exact = values_and_gradients(dense_attention(*exact_inputs, seen, **options), exact_inputs)
     same_dtype = values_and_gradients(dense_attention(*inputs, seen, **options), inputs)
     for name, one, other, wanted in zip(
@@ -220,6 +225,77 @@ def test_triton_bounds_the_logits_by_softcap(device, nan_memory, dtype) -> None:
 @pytest.mark.parametrize("window", [1, 40, 140])
 def test_triton_hides_what_is_outside_the_window(device, nan_memory, window) -> None:
     check_triton(MIXED, (2, 1, 32), torch.float16, window=window)
+
+
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("shape", [(4, 2, 32), (2, 1, 96)])
+def test_triton_loads_blocks_by_tensor_copies(device, nan_memory, shape, window) -> None:
+    config = TileConfig(rows=64, keys=32, edge=32, num_warps=4, num_stages=1, copy_engine=True)
+    check_triton(MIXED, shape, torch.float16, window=window, config=config)
+
+
+def test_triton_takes_more_heads_a_group_than_a_tile_has_rows(device, nan_memory) -> None:
+    check_triton([(False, 5, [2, 1])], (48, 1, 16), torch.float32)
+
+
+def test_one_set_of_spans_serves_layers_with_and_without_a_window(device) -> None:
+    spans, num_tokens, num_keys = build_spans([(False, 30, [20, 3])])
+    inputs = random_inputs(num_tokens, num_keys, 2, 1, 16, torch.float32, DEVICE)
+    for window in (None, 7, None):
+        actual = values_and_gradients(
+            segment_attention_triton(*inputs, spans, scale=0.3, window=window), inputs
+        )
+        wide = [x.detach().double().requires_grad_() for x in inputs]
+        seen = dense_mask(spans, num_keys, window)
+        expected = values_and_gradients(dense_attention(*wide, seen, 0.3), wide)
+        for one, other in zip(actual, expected, strict=True):
+            torch.testing.assert_close(one.double(), other, atol=1e-5, rtol=0)
+
+
+def test_a_window_matters_from_one_token_more_than_it_holds() -> None:
+    spans, _, _ = build_spans([(False, 10, [5])])
+    assert not spans.shortened(15)
+    assert spans.shortened(14)
+
+
+@pytest.mark.parametrize(
+    ("make", "size"),
+    [
+        (lambda: torch.randn(3, 2, 24, dtype=torch.float16)[..., :20], 20),
+        (lambda: torch.randn(3, 2, 32, dtype=torch.float16)[..., 4:20], 16),
+        (lambda: torch.randn(3 * 2 * 24 + 4).half()[4:].view(3, 2, 24)[..., :20], 20),
+        (lambda: torch.randn(3, 2, 16, dtype=torch.float16).transpose(0, 1), 16),
+    ],
+)
+def test_rows_are_made_readable_16_bytes_at_a_time(make, size: int) -> None:
+    tensor = make()
+    aligned = triton_path._aligned(tensor)
+    assert torch.equal(aligned, tensor)
+    assert aligned.shape[2] == size
+    assert aligned.data_ptr() % 16 == 0
+    assert aligned.stride(2) == 1
+    assert not any(stride % 8 for stride in aligned.stride()[:2])
+
+
+def test_keys_that_all_rows_see_are_read_in_full_blocks() -> None:
+    spans, _, _ = build_spans([(False, 200, [64, 20, 20, 150])])
+    _, tiles = query_tables(spans, TileKey(queries=64, keys=32))
+    by_start = {int(tile[0]): tile for tile in tiles}
+    # The prefix's last tile sees 192 of its keys whole, the candidates 192 of the prefix.
+    assert by_start[192][5] == 6
+    assert all(by_start[start][3] == 6 for start in by_start if start >= 200)
+    # The last tile of the long candidate: 62 tokens of it stand before the tile.
+    last = max(by_start)
+    assert by_start[last][5] == (last - 304) // 32
+
+
+def test_tiles_of_score_rows_share_the_candidates_keys() -> None:
+    lengths = [700] * 46
+    spans, _, _ = build_spans([(False, 64, lengths)])
+    score_spans = last_queries(spans, torch.tensor(segment_ends([(False, 64, lengths)])))
+    _, tiles = query_tables(score_spans, TileKey(queries=64, keys=64))
+    assert len(tiles) == 23
+    assert tiles[:, 7:15:2].sum(axis=1).max() <= 2048
 
 
 def test_triton_takes_a_thousand_candidates_of_one_token(device) -> None:
@@ -482,11 +558,18 @@ def test_wrong_shapes_are_named(shapes: tuple[tuple[int, ...], ...], message: st
         ([(0, 2, 0, 2, 0, 0), (3, 4, 2, 3, 0, 2)], "cover 0..T"),
         ([(0, 2, 0, 1, 0, 0)], "a key for every query"),
         ([(0, 2, 0, 2, 5, 3)], "range of key rows"),
+        ([(0, 1, 0, 5, 10, 20)], "at most the span's key_start"),
     ],
 )
 def test_spans_that_make_no_sense_are_refused(rows, message: str) -> None:
     with pytest.raises(ShapeError, match=message):
         SegmentSpans.from_rows(rows)
+
+
+def test_a_scale_that_is_not_above_0_is_refused() -> None:
+    spans, _, _ = build_spans([(False, 2, [2])])
+    with pytest.raises(ShapeError, match="scale: should be above 0"):
+        segment_attention(*(torch.zeros(4, 1, 8) for _ in range(3)), spans, scale=0.0)
 
 
 def test_mixed_dtypes_are_refused() -> None:

@@ -37,7 +37,7 @@ def segment_attention(
         q_THK: queries, bf16 | fp16 | fp32 | fp64; H divisible by G.
         k_SGK, v_SGK: keys and values; S >= T when cached prefixes come first.
         spans: query and key ranges of every span; each query stands in exactly one.
-        scale: logit multiplier, usually ``K ** -0.5``.
+        scale: logit multiplier above 0, usually ``K ** -0.5``.
         softcap: bounds the logits to ``softcap * tanh(logit / softcap)``, as Gemma 2 does.
         window: a query sees this many last tokens of its own prompt, itself included.
 
@@ -47,7 +47,9 @@ def segment_attention(
     Raises:
         ShapeError: names what was expected and what came.
     """
-    _check(q_THK, k_SGK, v_SGK, spans)
+    _check(q_THK, k_SGK, v_SGK, spans, scale)
+    if not len(q_THK):
+        return torch.empty_like(q_THK)
     if window is not None and not spans.shortened(window):
         window = None
     if q_THK.device.type == "cpu" and softcap is None and window is None:
@@ -66,7 +68,9 @@ def segment_attention(
     )
 
 
-def _check(q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, spans: SegmentSpans) -> None:
+def _check(q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor, spans: SegmentSpans, scale: float) -> None:
+    if not scale > 0:
+        raise ShapeError(f"scale: should be above 0, is {scale}")
     if q_THK.ndim != 3 or k_SGK.ndim != 3:
         raise ShapeError(f"q, k: should be THK and SGK, are {q_THK.shape} and {k_SGK.shape}")
     if k_SGK.shape != v_SGK.shape:

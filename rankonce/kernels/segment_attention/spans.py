@@ -71,6 +71,9 @@ class SegmentSpans:
             raise ShapeError("key_start, key_end: should hold a key for every query of the span")
         if (self.prefix_end < self.prefix_start).any() or (self.prefix_start < 0).any():
             raise ShapeError("prefix_start, prefix_end: should be a range of key rows")
+        has_prefix = self.prefix_end > self.prefix_start
+        if (has_prefix & (self.prefix_end > self.key_start)).any():
+            raise ShapeError("prefix_end: should be at most the span's key_start")
 
     @property
     def num_queries(self) -> int:

@@ -18,6 +18,9 @@ from numpy.typing import NDArray
 
 from rankonce.kernels.segment_attention.spans import SegmentSpans
 
+# Keys of the candidates themselves that a tile of score rows reads at most, if it has several rows:
+# each sees only its own, and without a bound the last layer would wait for a few long tiles.
+_MAX_OWN_KEYS = 2048
 # Numbers of a query tile: its queries, two runs of full blocks, four edge ranges, and two unused.
 TILE_FIELDS = 16
 
@@ -46,7 +49,7 @@ def query_tables(spans: SegmentSpans, key: TileKey) -> tuple[NDArray[np.int32], 
             blocks in the prefix and in the span; start and length of the four edge ranges.
     """
     seen_T4 = spans.seen_ranges(key.window)
-    starts, ends = _runs(spans, key.queries)
+    starts, ends = _runs(spans, _tile_queries(spans, key.queries))
     prefix_lo, own_lo = seen_T4[:, 0], seen_T4[:, 2]
     own_hi = seen_T4[:, 3]
     first, last = _extremes(prefix_lo, starts)
@@ -81,6 +84,14 @@ def query_tables(spans: SegmentSpans, key: TileKey) -> tuple[NDArray[np.int32], 
         tiles[:, place] = column
     cost = (num_prefix + num_own) * key.keys + tiles[:, 7:15:2].sum(axis=1)
     return seen_T4, tiles[np.argsort(-cost, kind="stable")]
+
+
+def _tile_queries(spans: SegmentSpans, queries: int) -> int:
+    """Return how many queries go into a tile: fewer where each stands for a whole candidate."""
+    lengths = spans.key_end - spans.key_start
+    if (lengths == spans.query_end - spans.query_start).all():
+        return queries
+    return int(np.clip(_MAX_OWN_KEYS // lengths.max(), 1, queries))
 
 
 def _runs(spans: SegmentSpans, size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

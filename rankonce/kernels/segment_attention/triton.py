@@ -9,7 +9,7 @@ one kernel over query tiles for dq, one over key blocks for dk and dv, no atomic
 gradients have the same bits every time.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -29,8 +29,6 @@ from rankonce.kernels.segment_attention.tiles import (
     query_tables,
 )
 from rankonce.kernels.variants import Variant
-
-_LOG2_E = 1.4426950408889634
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +57,10 @@ class TileConfig:
         return f"{shape}, {self.num_warps} warps, {self.num_stages} stages, {loads}"
 
 
+# FP32 products run on plain cores: small tiles on many threads keep accumulators in registers.
+_FP32_TILE = TileConfig(rows=32, keys=32, edge=32, num_warps=8, num_stages=1)
+
+
 def forward_config(head_size: int, dtype: torch.dtype, capability: int) -> TileConfig:
     """Choose the forward tile for a chip.
 
@@ -66,8 +68,7 @@ def forward_config(head_size: int, dtype: torch.dtype, capability: int) -> TileC
         capability: 80, 90, 100, ... as CUDA counts.
     """
     if dtype == torch.float32:
-        # FP32 products run on plain cores: small tiles keep the accumulators in registers.
-        return TileConfig(rows=32, keys=32, edge=32, num_warps=4, num_stages=1)
+        return _FP32_TILE
     if capability < 90:
         if head_size > 128:
             return TileConfig(rows=64, keys=32, edge=32, num_warps=8, num_stages=1)
@@ -76,13 +77,18 @@ def forward_config(head_size: int, dtype: torch.dtype, capability: int) -> TileC
         # A larger edge block would not fit in registers beside the accumulator.
         return TileConfig(rows=128, keys=64, edge=32, num_warps=8, num_stages=2, copy_engine=True)
     # 128 rows halve the traffic of keys and values from L2, which 64 rows are bound by; an edge of
-    # 64 keys is one block for a candidate of 64 tokens.
-    return TileConfig(rows=128, keys=128, edge=64, num_warps=8, num_stages=2, copy_engine=True)
+    # 64 keys is one block for a candidate of 64 tokens; three stages fill the shared memory. With
+    # heads of 64, blocks of 64 keys let two programs share a multiprocessor: one's softmax runs
+    # beside the other's products.
+    keys = 128 if head_size > 64 else 64
+    return TileConfig(rows=128, keys=keys, edge=64, num_warps=8, num_stages=3, copy_engine=True)
 
 
 def forward_choices(head_size: int) -> list[TileConfig]:
     """List the forward tiles for 16-bit numbers that are worth measuring on a Hopper chip."""
     shapes = [
+        (128, 128, 64, 8, 3),
+        (128, 128, 32, 8, 3),
         (128, 128, 64, 8, 2),
         (128, 64, 64, 8, 3),
         (128, 64, 64, 8, 2),
@@ -91,7 +97,7 @@ def forward_choices(head_size: int) -> list[TileConfig]:
         (64, 64, 64, 4, 3),
     ]
     if head_size <= 64:
-        shapes += [(128, 128, 64, 8, 3), (128, 64, 64, 4, 3), (256, 64, 64, 8, 3)]
+        shapes += [(128, 64, 64, 4, 3), (256, 64, 64, 8, 3)]
     return [
         TileConfig(
             rows=rows,
@@ -109,7 +115,7 @@ def forward_choices(head_size: int) -> list[TileConfig]:
 def backward_config(head_size: int, dtype: torch.dtype, capability: int) -> TileConfig:
     """Choose the backward tile for a chip; two more accumulators live in registers."""
     if dtype == torch.float32:
-        return TileConfig(rows=32, keys=32, edge=32, num_warps=4, num_stages=1)
+        return _FP32_TILE
     if head_size > 128:
         return TileConfig(rows=32, keys=32, edge=32, num_warps=4, num_stages=1)
     if capability < 90:
@@ -124,9 +130,7 @@ def _rows_of_tile(tile_ptr, group, HEADS: tl.constexpr, ROWS: tl.constexpr):
     query_end = tl.load(tile_ptr + 1)
     row = tl.arange(0, ROWS)
     token = query_start + row // HEADS
-    # A tile holds ROWS // HEADS tokens; what is left over stays empty.
-    valid = (token < query_end) & (row < ROWS // HEADS * HEADS)
-    return token, group * HEADS + row % HEADS, valid
+    return token, group * HEADS + row % HEADS, token < query_end
 
 
 @triton.jit
@@ -196,21 +200,29 @@ def _tanh(x):
 
 
 @triton.jit
-def _logits(q, k, scale, softcap, HAS_SOFTCAP: tl.constexpr):
-    """Return logits in units of log 2, so that exp2 gives the softmax."""
-    product = tl.dot(q, tl.trans(k), input_precision="ieee")
+def _factor(scale, HAS_SOFTCAP: tl.constexpr):
+    """Return what makes logits of ``_logits`` those of exp2: folded into the exponent's FMA."""
     if HAS_SOFTCAP:
-        return _tanh(product * (scale / softcap)) * (softcap * 1.4426950408889634)
-    return product * (scale * 1.4426950408889634)
+        return 1.4426950408889634
+    return scale * 1.4426950408889634
 
 
 @triton.jit
-def _online_softmax(logits, v, acc, largest, total):
-    """Take up one block of keys."""
-    new_largest = tl.maximum(largest, tl.max(logits, 1))
+def _logits(q, k, scale, softcap, HAS_SOFTCAP: tl.constexpr):
+    """Return plain products, or capped logits."""
+    product = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if HAS_SOFTCAP:
+        product = _tanh(product * (scale / softcap)) * softcap
+    return product
+
+
+@triton.jit
+def _online_softmax(logits, factor, v, acc, largest, total):
+    """Take up one block of keys; ``factor`` is above 0."""
+    new_largest = tl.maximum(largest, tl.max(logits, 1) * factor)
     # A row that has seen no key yet keeps -inf, which must not meet itself.
     reference = tl.where(new_largest == float("-inf"), 0.0, new_largest)
-    weights = tl.exp2(logits - reference[:, None])
+    weights = tl.exp2(logits * factor - reference[:, None])
     decay = tl.exp2(largest - reference)
     total = total * decay + tl.sum(weights, 1)
     acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
@@ -261,6 +273,7 @@ def forward_kernel(
     q_mask = valid[:, None] & (size < HEAD_SIZE)[None, :]
     q = tl.load(q_ptr + row_offset[:, None] + size[None, :], mask=q_mask, other=0.0)
 
+    factor = _factor(scale, HAS_SOFTCAP)
     acc = tl.zeros([ROWS, PADDED_SIZE], dtype=tl.float32)
     largest = tl.full([ROWS], float("-inf"), dtype=tl.float32)
     total = tl.zeros([ROWS], dtype=tl.float32)
@@ -284,7 +297,7 @@ def forward_kernel(
             v = v_desc.load([group, first, 0]).reshape(KEYS, PADDED_SIZE)
         else:
             v = _load_rows(v_base, key, v_stride_s, every_key, HEAD_SIZE, PADDED_SIZE)
-        acc, largest, total = _online_softmax(logits, v, acc, largest, total)
+        acc, largest, total = _online_softmax(logits, factor, v, acc, largest, total)
 
     prefix_start, prefix_end, own_start, own_end = _seen_of_rows(seen_ptr, token, valid)
     start0, start1, start2, start3, end0, end1, end2, end3 = _edge_bounds(tile_ptr)
@@ -297,7 +310,7 @@ def forward_kernel(
         v = _load_rows(v_base, key, v_stride_s, inside, HEAD_SIZE, PADDED_SIZE)
         seen = _seen(key, inside, prefix_start, prefix_end, own_start, own_end)
         logits = tl.where(seen, logits, float("-inf"))
-        acc, largest, total = _online_softmax(logits, v, acc, largest, total)
+        acc, largest, total = _online_softmax(logits, factor, v, acc, largest, total)
 
     safe_total = tl.where(total > 0, total, 1.0)
     out = acc / safe_total[:, None]
@@ -318,7 +331,7 @@ def _logit_gradients(weights, dweights, delta, capped, softcap, HAS_SOFTCAP: tl.
     grads = weights * (dweights - delta)
     if HAS_SOFTCAP:
         # Unseen logits are -inf, and their gradient must stay 0.
-        ratio = tl.where(weights > 0, capped, 0.0) / (softcap * 1.4426950408889634)
+        ratio = tl.where(weights > 0, capped, 0.0) / softcap
         grads = grads * (1 - ratio * ratio)
     return grads
 
@@ -370,6 +383,7 @@ def query_gradient_kernel(
     dout = tl.load(dout_ptr + dout_offset[:, None] + size[None, :], mask=mask, other=0.0)
     lse = tl.load(lse_ptr + token64 * lse_stride_t + head, mask=valid, other=0.0)
     delta = tl.load(delta_ptr + token64 * lse_stride_t + head, mask=valid, other=0.0)
+    factor = _factor(scale, HAS_SOFTCAP)
     dq = tl.zeros([ROWS, PADDED_SIZE], dtype=tl.float32)
     k_base = k_ptr + group.to(tl.int64) * k_stride_g
     v_base = v_ptr + group.to(tl.int64) * v_stride_g
@@ -384,7 +398,7 @@ def query_gradient_kernel(
         k = _load_rows(k_base, key, k_stride_s, every_key, HEAD_SIZE, PADDED_SIZE)
         v = _load_rows(v_base, key, v_stride_s, every_key, HEAD_SIZE, PADDED_SIZE)
         logits = _logits(q, k, scale, softcap, HAS_SOFTCAP)
-        weights = tl.exp2(logits - lse[:, None])
+        weights = tl.exp2(logits * factor - lse[:, None])
         dweights = tl.dot(dout, tl.trans(v), input_precision="ieee")
         grads = _logit_gradients(weights, dweights, delta[:, None], logits, softcap, HAS_SOFTCAP)
         dq = tl.dot(grads.to(k.dtype), k, dq, input_precision="ieee")
@@ -400,7 +414,7 @@ def query_gradient_kernel(
         logits = _logits(q, k, scale, softcap, HAS_SOFTCAP)
         seen = _seen(key, inside, prefix_start, prefix_end, own_start, own_end)
         logits = tl.where(seen, logits, float("-inf"))
-        weights = tl.exp2(logits - lse[:, None])
+        weights = tl.exp2(logits * factor - lse[:, None])
         dweights = tl.dot(dout, tl.trans(v), input_precision="ieee")
         grads = _logit_gradients(weights, dweights, delta[:, None], logits, softcap, HAS_SOFTCAP)
         dq = tl.dot(grads.to(k.dtype), k, dq, input_precision="ieee")
@@ -462,6 +476,7 @@ def key_gradient_kernel(
     k = _load_rows(k_base, key, k_stride_s, inside, HEAD_SIZE, PADDED_SIZE)
     v_base = v_ptr + group.to(tl.int64) * v_stride_g
     v = _load_rows(v_base, key, v_stride_s, inside, HEAD_SIZE, PADDED_SIZE)
+    factor = _factor(scale, HAS_SOFTCAP)
     dk = tl.zeros([KEYS, PADDED_SIZE], dtype=tl.float32)
     dv = tl.zeros([KEYS, PADDED_SIZE], dtype=tl.float32)
     row = tl.arange(0, ROWS)
@@ -489,7 +504,7 @@ def key_gradient_kernel(
             # Empty rows of a run that sees the whole block must not count.
             seen = (seen | (whole & inside[None, :])) & valid[:, None]
             logits = tl.where(seen, logits, float("-inf"))
-            weights = tl.exp2(logits - lse[:, None])
+            weights = tl.exp2(logits * factor - lse[:, None])
             dv = tl.dot(tl.trans(weights.to(dout.dtype)), dout, dv, input_precision="ieee")
             dweights = tl.dot(dout, tl.trans(v), input_precision="ieee")
             grads = _logit_gradients(
@@ -520,22 +535,26 @@ def segment_attention_triton(
     Args:
         config: the forward tile, without gradients; by default the one of ``forward_config``.
     """
+    window = window if spans.shortened(window) else None
     q_THK, k_SGK, v_SGK = (_aligned(tensor) for tensor in (q_THK, k_SGK, v_SGK))
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q_THK, k_SGK, v_SGK)):
         out: Tensor = _SegmentAttention.apply(q_THK, k_SGK, v_SGK, spans, scale, softcap, window)  # type: ignore[no-untyped-call]
         return out
-    return _forward(
-        q_THK, k_SGK, v_SGK, spans, scale, softcap, window, store_lse=False, config=config
-    )[0]
+    # Triton launches on the current device, which need not be the tensors'.
+    with torch.cuda.device_of(q_THK):
+        return _forward(
+            q_THK, k_SGK, v_SGK, spans, scale, softcap, window, store_lse=False, config=config
+        )[0]
 
 
 def forward_tables(
     spans: SegmentSpans, key: TileKey, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Return ``query_tables`` on the device, building and moving them if nobody did."""
-    if key not in spans.tables:
-        spans.tables[key] = _moved(query_tables(spans, key), device)
-    seen_T4, tiles_NF = spans.tables[key]
+    found = spans.tables.get(key)
+    if found is None or found[0].device != device:
+        found = spans.tables[key] = _moved(query_tables(spans, key), device)
+    seen_T4, tiles_NF = found
     return seen_T4, tiles_NF
 
 
@@ -544,6 +563,11 @@ def tile_key(num_heads: int, num_groups: int, config: TileConfig, window: int | 
     return TileKey(
         queries=config.rows // (num_heads // num_groups), keys=config.keys, window=window
     )
+
+
+def _holding(config: TileConfig, num_heads: int, num_groups: int) -> TileConfig:
+    """Return a tile that holds all heads of a group for at least one token."""
+    return replace(config, rows=max(config.rows, triton.next_power_of_2(num_heads // num_groups)))
 
 
 def _forward(
@@ -560,8 +584,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     num_tokens, num_heads, head_size = q_THK.shape
     num_groups = k_SGK.shape[1]
-    window = window if spans.shortened(window) else None
     config = config or forward_config(head_size, q_THK.dtype, _capability(q_THK.device))
+    config = _holding(config, num_heads, num_groups)
     padded = max(16, triton.next_power_of_2(head_size))
     key = tile_key(num_heads, num_groups, config, window)
     seen_T4, tiles_NF = forward_tables(spans, key, q_THK.device)
@@ -623,16 +647,18 @@ class _SegmentAttention(torch.autograd.Function):
         softcap: float | None,
         window: int | None,
     ) -> Tensor:
-        out_THK, lse_TH = _forward(
-            q_THK, k_SGK, v_SGK, spans, scale, softcap, window, store_lse=True
-        )
+        with torch.cuda.device_of(q_THK):
+            out_THK, lse_TH = _forward(
+                q_THK, k_SGK, v_SGK, spans, scale, softcap, window, store_lse=True
+            )
         ctx.save_for_backward(q_THK, k_SGK, v_SGK, out_THK, lse_TH)
         ctx.options = (spans, scale, softcap, window)
         return out_THK
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        dq, dk, dv = _backward(grads[0], *ctx.saved_tensors, *ctx.options)
+        with torch.cuda.device_of(grads[0]):
+            dq, dk, dv = _backward(grads[0], *ctx.saved_tensors, *ctx.options)
         return dq, dk, dv, None, None, None, None
 
 
@@ -650,9 +676,9 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     _, num_heads, head_size = q_THK.shape
     num_keys, num_groups, _ = k_SGK.shape
-    window = window if spans.shortened(window) else None
     dout_THK = _aligned(dout_THK)
     config = backward_config(head_size, q_THK.dtype, _capability(q_THK.device))
+    config = _holding(config, num_heads, num_groups)
     delta_TH = (dout_THK.float() * out_THK.float()).sum(dim=-1)
     dq_THK = torch.empty_like(q_THK, memory_format=torch.contiguous_format)
     dk_SGK, dv_SGK = (
@@ -715,10 +741,11 @@ def _backward_tables(
     spans: SegmentSpans, keys: int, num_keys: int, window: int | None, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     key = ("key gradients", keys, num_keys, window)
-    if key not in spans.tables:
+    found = spans.tables.get(key)
+    if found is None or found[0].device != device:
         tables = key_tables(spans, keys=keys, num_keys=num_keys, window=window)
-        spans.tables[key] = _moved(tables, device)
-    tiles_N4, runs_M4 = spans.tables[key]
+        found = spans.tables[key] = _moved(tables, device)
+    tiles_N4, runs_M4 = found
     return tiles_N4, runs_M4
 
 
@@ -733,11 +760,12 @@ def _aligned(tensor: Tensor) -> Tensor:
     """Return a tensor whose rows can be read 16 bytes at a time, copied only if it must be."""
     per_16_bytes = 16 // tensor.element_size()
     strides = tensor.stride()
-    if strides[2] == 1 and not any(stride % per_16_bytes for stride in strides[:2]):
-        return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+    fits = strides[2] == 1 and not any(stride % per_16_bytes for stride in strides[:2])
+    if fits and tensor.data_ptr() % 16 == 0:
+        return tensor
     padding = -tensor.shape[2] % per_16_bytes
     if not padding:
-        return tensor.contiguous()
+        return tensor.clone(memory_format=torch.contiguous_format)
     padded: Tensor = torch.nn.functional.pad(tensor, (0, padding))
     return padded[..., : tensor.shape[2]]
 
@@ -760,7 +788,8 @@ def machine_code_variants() -> list[Variant]:
                 variants.append(_backward_variant(kernel, head_size, oldest, newest))
         variants.append(_forward_variant(128, oldest, newest, lse=True))
         variants.append(_forward_variant(256, oldest, newest, softcap=True))
-        variants.append(_forward_variant(64, oldest, newest, dtype="fp32"))
+        for head_size in (64, 128):
+            variants.append(_forward_variant(head_size, oldest, newest, dtype="fp32"))
     return variants
 
 
