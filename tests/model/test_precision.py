@@ -167,8 +167,9 @@ def test_scores_are_those_of_the_weights_that_it_holds(
             ]
         ).log_softmax(-1)
     difference = (scores_of(model, request) - expected).abs()
-    # 8-bit inputs are rounded as well.
-    assert float(difference.mean()) <= {"int8": 0.1, "nf4": 1e-5}[name]
+    # 8-bit inputs are rounded as well, which random weights of this size magnify; other weights
+    # would be off by more than 1.
+    assert float(difference.mean()) <= {"int8": 0.3, "nf4": 1e-5}[name]
 
 
 @quantized

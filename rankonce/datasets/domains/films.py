@@ -1,0 +1,374 @@
+"""Films: MovieLens latest-small behind the film tasks.
+
+    ratings   user_id, item_id, rating (0.5-5), timestamp (s)
+    items     item_id, title, genres
+    tags      user_id, item_id, tag, timestamp
+
+A request is asked at the moment of its first row: histories and statistics hold what was strictly
+earlier. Nobody saw these films in a list: where a task needs films that were not chosen, they are
+drawn as often as others had rated them by then.
+"""
+
+import re
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from rankonce.datasets.ml_small import read_ml_small
+from rankonce.datasets.movielens import movie_examples, movie_rows, read_films, read_rows
+from rankonce.datasets.statistics import smoothed_share, statistics_from
+from rankonce.errors import DataError
+from rankonce.records import Event, Item, ScoreRequest, TrainingExample, Value
+
+_LIKE, _DISLIKE = 4.0, 2.0
+_STRENGTH = 4.0
+_CANDIDATES = 10
+_MAX_EVENTS = 40
+_NAMED = 3
+# With fewer raters than this a film counts as new.
+_FEW_RATERS = 5
+_YEAR = 31_556_952
+Rating = tuple[int, float, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A request to be: who, when, and films with their labels."""
+
+    user: int
+    time: int
+    films: Sequence[tuple[int, str]]
+    profile: Mapping[str, Value] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class FilmTask:
+    """How a film task is made of ratings.
+
+    Attributes:
+        ask: makes the requests.
+        candidate, profile: the task's statistics by name, of those in ``_numbers``.
+        action: the word for a rating in the history, ``None`` leaves the rating out; without an
+            action the task takes no history.
+        event: fields of the history's films.
+    """
+
+    ask: "Callable[[FilmData, np.random.Generator], Iterator[Asked]]"
+    candidate: Mapping[str, str] = field(default_factory=dict)
+    profile: Mapping[str, str] = field(default_factory=dict)
+    action: Callable[[float], str | None] | None = None
+    event: Sequence[str] = ("title", "genres")
+
+
+class FilmData:
+    """The files of a folder, with each member's ratings in the order of time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.ratings = read_rows(folder / "ratings.parquet").sort("timestamp", "user_id", "item_id")
+        if missing := {"user_id", "item_id", "rating", "timestamp"} - set(self.ratings.columns):
+            raise DataError(f"ratings: should have the columns {', '.join(sorted(missing))}")
+        self.films = read_films(read_rows(folder / "items.parquet"))
+        self.by_member: dict[int, list[Rating]] = {}
+        columns = self.ratings.select("user_id", "item_id", "rating", "timestamp")
+        for user, film, rating, time in columns.iter_rows():
+            self.by_member.setdefault(user, []).append((film, rating, time))
+        self.rated = self.ratings["item_id"].to_numpy()
+        self.times = self.ratings["timestamp"].to_numpy()
+
+    @cached_property
+    def likes(self) -> pl.DataFrame:
+        """The ratings with a label of 1 for liked."""
+        return self.ratings.with_columns(label=(pl.col("rating") >= _LIKE).cast(pl.Int8))
+
+    def before(self, user: int, time: int) -> Sequence[Rating]:
+        """The member's ratings strictly before a moment, oldest first."""
+        rows = self.by_member[user]
+        return rows[: bisect_left(rows, time, key=itemgetter(2))]
+
+    def draw_others(
+        self, user: int, time: int, count: int, random: np.random.Generator, besides: Sequence[int]
+    ) -> list[int]:
+        """Draw films that the member never rated, as often as others had rated them by then."""
+        known = int(np.searchsorted(self.times, time))
+        if not known:
+            return []
+        own = self._rated_by[user] | set(besides)
+        drawn = self.rated[random.integers(known, size=6 * count)].tolist()
+        return list(dict.fromkeys(film for film in drawn if film not in own))[:count]
+
+    @cached_property
+    def _rated_by(self) -> dict[int, set[int]]:
+        return {user: {film for film, _, _ in rows} for user, rows in self.by_member.items()}
+
+    def percentile(self, film: int, time: int) -> float:
+        """Popularity among all films at the beginning of the year of a moment."""
+        counts = self._counts_until(time // _YEAR)
+        place = np.searchsorted(counts["sorted"], counts["of"].get(film, 0))
+        return float(100.0 * place / max(1, len(counts["sorted"])))
+
+    def _counts_until(self, year: int) -> dict[str, Any]:
+        if year not in self._yearly:
+            end = int(np.searchsorted(self.times, year * _YEAR))
+            films, counts = np.unique(self.rated[:end], return_counts=True)
+            every = np.zeros(len(self.films), dtype=np.int64)
+            every[: len(counts)] = counts
+            self._yearly[year] = {
+                "of": dict(zip(films.tolist(), counts.tolist(), strict=True)),
+                "sorted": np.sort(every),
+            }
+        return self._yearly[year]
+
+    @cached_property
+    def _yearly(self) -> dict[int, dict[str, Any]]:
+        return {}
+
+
+def film_examples(task: str, folder: Path, *, seed: int = 0) -> Iterator[TrainingExample]:
+    """Make the examples of a film task, member by member.
+
+    Raises:
+        DataError: a file or a column is missing.
+    """
+    if task == "movie-like":
+        yield from movie_examples(
+            movie_rows(*read_ml_small(folder)), candidates_per_example=_CANDIDATES
+        )
+        return
+    data, made = FilmData(folder), FILM_TASKS[task]
+    asked = [a for a in made.ask(data, np.random.default_rng(seed)) if a.films]
+    numbers = _numbers(data, asked)
+    row = 0
+    for number, one in enumerate(asked):
+        rows = range(row, row + len(one.films))
+        row = rows.stop
+        yield TrainingExample(
+            request=ScoreRequest(
+                task=task,
+                id=f"{task}-{number}",
+                time=float(one.time),
+                profile={**one.profile, **_pick(made.profile, numbers, rows[0])},
+                history=_history(data, one, made),
+                candidates=tuple(
+                    Item(
+                        id=str(film),
+                        fields={**data.films[film], **_pick(made.candidate, numbers, place)},
+                    )
+                    for place, (film, _) in zip(rows, one.films, strict=True)
+                ),
+            ),
+            labels=tuple(label for _, label in one.films),
+        )
+
+
+def _pick(
+    wanted: Mapping[str, str], numbers: Mapping[str, Sequence[Any]], row: int
+) -> dict[str, Value]:
+    found = {name: numbers[source][row] for name, source in wanted.items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _numbers(data: FilmData, asked: Sequence[Asked]) -> dict[str, list[Any]]:
+    """What was known of members and films when each request was asked, a value a candidate."""
+    flat = [(one.user, film, one.time) for one in asked for film, _ in one.films]
+    rows = pl.DataFrame(
+        flat,
+        schema={"user_id": pl.Int64, "item_id": pl.Int64, "timestamp": pl.Int64},
+        orient="row",
+    )
+    genres = {f: g if isinstance(g := x.get("genres"), list) else [] for f, x in data.films.items()}
+    past = statistics_from(data.likes, rows, genres_by_item=genres)
+    shares: dict[str, list[Any]] = {}
+    for of in ("item", "user", "user_genre"):
+        count = past[f"{of}_count"].fill_null(0).to_numpy()
+        likes = past[f"{of}_likes"].fill_null(0).to_numpy()
+        prior = past["global_share"].to_numpy()
+        share = smoothed_share(likes, count, prior=prior, strength=_STRENGTH)
+        shares[of] = [s if c else None for s, c in zip(share.tolist(), count.tolist(), strict=True)]
+    means = [mean for one in asked for mean in [_mean_before(data, one)] * len(one.films)]
+    return {
+        "num_raters": past["item_count"].to_list(),
+        "like_share": shares["item"],
+        "num_ratings": past["user_count"].to_list(),
+        "member_like_share": shares["user"],
+        "genre_like_share": shares["user_genre"],
+        "mean_rating": means,
+        "percentile": [data.percentile(film, time) for _, film, time in flat],
+        "film_age": [_film_age(data.films[film], time) for _, film, time in flat],
+    }
+
+
+def _mean_before(data: FilmData, one: Asked) -> float | None:
+    before = data.before(one.user, one.time)
+    return sum(rating for _, rating, _ in before) / len(before) if before else None
+
+
+def _film_age(film: Mapping[str, Value], time: int) -> float | None:
+    """Seconds since the year in a title's last brackets began."""
+    year = re.search(r"\((\d{4})\)\s*$", str(film["title"]))
+    return max(0.0, time - (int(year.group(1)) - 1970) * _YEAR) if year else None
+
+
+def _history(data: FilmData, one: Asked, made: FilmTask) -> tuple[Event, ...]:
+    if made.action is None:
+        return ()
+    events: list[Event] = []
+    for film, rating, time in reversed(data.before(one.user, one.time)):
+        if len(events) < _MAX_EVENTS and (word := made.action(rating)):
+            fields = {name: value for name, value in data.films[film].items() if name in made.event}
+            events.append(Event(item=Item(fields=fields), action=word, time=float(time)))
+    return tuple(events[::-1])
+
+
+def _stars(rating: float) -> int:
+    return min(5, max(1, int(rating + 0.5)))
+
+
+def _star_words(rating: float) -> str:
+    return f"{_stars(rating)} star{'s' if _stars(rating) > 1 else ''}"
+
+
+def _liked(rating: float) -> str | None:
+    return "liked" if rating >= _LIKE else "disliked" if rating <= _DISLIKE + 1 else None
+
+
+def _cut(rows: Sequence[Rating]) -> Iterator[Sequence[Rating]]:
+    for start in range(0, len(rows), _CANDIDATES):
+        yield rows[start : start + _CANDIDATES]
+
+
+def _by_rating(label: Callable[[float], str]) -> Callable[..., Iterator[Asked]]:
+    """Every rating stands once as a candidate, those of one member together."""
+
+    def ask(data: FilmData, random: np.random.Generator) -> Iterator[Asked]:
+        for user, rows in data.by_member.items():
+            for part in _cut(rows):
+                films = [(film, label(rating)) for film, rating, _ in part]
+                yield Asked(user=user, time=part[0][2], films=films)
+
+    return ask
+
+
+def _next_film(data: FilmData, random: np.random.Generator) -> Iterator[Asked]:
+    """The film rated next, for the one watched next, among films that the member never rated."""
+    for user, rows in data.by_member.items():
+        for film, _, time in rows[5::_CANDIDATES]:
+            others = data.draw_others(user, time, _CANDIDATES - 1, random, [film])
+            films = [(film, "Yes"), *((other, "No") for other in others)]
+            order = random.permutation(len(films)).tolist()
+            yield Asked(user=user, time=time, films=[films[place] for place in order])
+
+
+def _newcomer(data: FilmData, random: np.random.Generator) -> Iterator[Asked]:
+    """The first films that a member liked stand for those named on joining."""
+    for user, rows in data.by_member.items():
+        liked = [place for place, row in enumerate(rows) if row[1] >= _LIKE][:_NAMED]
+        if len(liked) == _NAMED:
+            later = rows[liked[-1] + 1 :][:_CANDIDATES]
+            named = [data.films[rows[place][0]]["title"] for place in liked]
+            films = [(film, "Yes" if rating >= _LIKE else "No") for film, rating, _ in later]
+            time = later[0][2] if later else 0
+            yield Asked(user=user, time=time, films=films, profile={"named_films": named})
+
+
+def _premiere(data: FilmData, random: np.random.Generator) -> Iterator[Asked]:
+    """Films that few had rated when the member did."""
+    seen: dict[int, int] = {}
+    new: dict[int, list[Rating]] = {}
+    columns = data.ratings.select("user_id", "item_id", "rating", "timestamp")
+    for user, film, rating, time in columns.iter_rows():
+        if seen.get(film, 0) < _FEW_RATERS:
+            new.setdefault(user, []).append((film, rating, time))
+        seen[film] = seen.get(film, 0) + 1
+    for user, rows in new.items():
+        for part in _cut(rows):
+            films = [(film, "Yes" if rating >= _LIKE else "No") for film, rating, _ in part]
+            yield Asked(user=user, time=part[0][2], films=films)
+
+
+def _search(data: FilmData, random: np.random.Generator) -> Iterator[Asked]:
+    """A member's tag as a query: the films that got it from anybody, among others."""
+    tags = read_rows(data.folder / "tags.parquet").sort("timestamp", "user_id", "item_id")
+    tagged: dict[str, set[int]] = {}
+    for film, tag in tags.select("item_id", "tag").iter_rows():
+        tagged.setdefault(str(tag).strip().lower(), set()).add(film)
+    for user, tag, time in (
+        tags.select("user_id", "tag", "timestamp")
+        .unique(["user_id", "tag"], keep="first", maintain_order=True)
+        .iter_rows()
+    ):
+        query = str(tag).strip().lower()
+        if user not in data.by_member or not query or not tagged[query] & set(data.films):
+            continue
+        fitting = sorted(tagged[query] & set(data.films))
+        some = random.permutation(fitting)[: _CANDIDATES // 2].tolist()
+        others = data.draw_others(user, time, _CANDIDATES - len(some), random, fitting)
+        films = [*((film, "Yes") for film in some), *((film, "No") for film in others)]
+        order = random.permutation(len(films)).tolist()
+        yield Asked(
+            user=user,
+            time=time,
+            films=[films[place] for place in order],
+            profile={"query": query},
+        )
+
+
+def _similar(data: FilmData, random: np.random.Generator) -> Iterator[Asked]:
+    """A film that a member liked as the source; those liked next went with it."""
+    for user, rows in data.by_member.items():
+        liked = [row for row in rows if row[1] >= _LIKE]
+        for place in range(0, len(liked) - 1, _CANDIDATES):
+            source, _, time = liked[place]
+            later = [film for film, _, _ in liked[place + 1 : place + 1 + _CANDIDATES // 2]]
+            others = data.draw_others(user, time, len(later), random, [source])
+            films = [*((film, "Yes") for film in later), *((film, "No") for film in others)]
+            order = random.permutation(len(films)).tolist()
+            profile = {f"source_{name}": value for name, value in data.films[source].items()}
+            yield Asked(user=user, time=time, films=[films[i] for i in order], profile=profile)
+
+
+FILM_TASKS: Mapping[str, FilmTask] = {
+    "movie-dislike": FilmTask(
+        ask=_by_rating(lambda rating: "Yes" if rating <= _DISLIKE else "No"),
+        candidate={"num_raters": "num_raters", "genre_like_share": "genre_like_share"},
+        profile={"mean_rating": "mean_rating"},
+        action=_liked,
+    ),
+    "movie-newcomer": FilmTask(
+        ask=_newcomer,
+        candidate={"popularity": "percentile", "like_share": "like_share"},
+    ),
+    "movie-next": FilmTask(
+        ask=_next_film,
+        candidate={"popularity": "percentile", "released": "film_age"},
+        profile={"num_ratings": "num_ratings"},
+        action=lambda rating: "watched",
+        event=("title",),
+    ),
+    "movie-premiere": FilmTask(
+        ask=_premiere,
+        candidate={"released": "film_age", "genre_like_share": "genre_like_share"},
+        profile={"num_ratings": "num_ratings", "like_share": "member_like_share"},
+        action=_liked,
+    ),
+    "movie-rating": FilmTask(
+        ask=_by_rating(lambda rating: str(_stars(rating))),
+        candidate={"num_raters": "num_raters", "popularity": "percentile"},
+        profile={"num_ratings": "num_ratings", "mean_rating": "mean_rating"},
+        action=_star_words,
+    ),
+    "movie-search": FilmTask(
+        ask=_search,
+        candidate={"num_raters": "num_raters", "like_share": "like_share"},
+    ),
+    "similar-item": FilmTask(
+        ask=_similar, action=lambda rating: "liked" if rating >= _LIKE else None
+    ),
+}
