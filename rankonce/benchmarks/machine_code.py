@@ -57,7 +57,7 @@ def all_variants() -> list[Any]:
     from rankonce.kernels.fp8_linear import triton as fp8_linear
     from rankonce.kernels.fused_norm import triton as fused_norm
     from rankonce.kernels.label_logprobs import triton as label_logprobs
-    from rankonce.kernels.segment_attention import triton as segment_attention
+    from rankonce.kernels.segment_attention import variants as segment_attention
 
     modules = (segment_attention, label_logprobs, fused_norm, fp8_linear)
     return [variant for module in modules for variant in module.machine_code_variants()]
