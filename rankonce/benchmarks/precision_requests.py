@@ -108,12 +108,13 @@ def read_ml_small(
     import polars as pl
 
     from rankonce.datasets.movielens import movie_examples, movie_rows
+    from rankonce.prompts.tasks import library_tasks
     from rankonce.training.recipes import ml_small
 
     if num_members < 1:
         raise DataError(f"members: should be 1 or more, is {num_members}")
-    recipe = ml_small()
-    data = recipe.load(folder, recipe.config)
+    stage = ml_small().stages[-1]
+    data = stage.load(folder, stage.config, library_tasks())
     valid = data.split["valid"]
     counts = valid.group_by("user_id").len().filter(pl.col("len") >= _MIN_CANDIDATES)
     members = np.sort(counts["user_id"].to_numpy())
@@ -123,7 +124,7 @@ def read_ml_small(
     movies = movie_rows(rows, data.split["items"], train=data.split["train"])
     examples = movie_examples(movies, candidates_per_example=_MAX_CANDIDATES)
     prepare = _preparation(model)
-    return [prepare(one.request, one.labels) for one in examples], data.fingerprint
+    return [prepare(one.request, one.labels) for one in examples], dict(data.fingerprint)
 
 
 def _preparation(model: LoadedModel) -> Callable[[Any, Any], LabelledRequest]:

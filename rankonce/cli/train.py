@@ -1,8 +1,7 @@
 """``rankonce train``: run a recipe, from a checkpoint or from scratch."""
 
-from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -11,11 +10,8 @@ from rankonce.errors import TrainingError
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="ml1m, ml-small or examples.")],
-    data: Annotated[
-        Path,
-        typer.Option(exists=True, help="Folder of the dataset; for examples a JSON lines file."),
-    ],
+    recipe: Annotated[str, typer.Argument(help="ml1m or ml-small.")],
+    data: Annotated[Path, typer.Option(exists=True, help="Folder of the dataset.")],
     out: Annotated[
         Path,
         typer.Option(file_okay=False, help="Folder of the model; a run found there goes on."),
@@ -30,25 +26,25 @@ def train(
         str | None,
         typer.Option(help="Size from scratch: 1m to 150m.", show_default="the recipe's"),
     ] = None,
-    epochs: Annotated[
-        int | None, typer.Option(min=1, help="Passes over the data.", show_default="the recipe's")
-    ] = None,
-    learning_rate: Annotated[
-        float | None, typer.Option(min=0.0, help="The peak.", show_default="the recipe's")
-    ] = None,
-    max_tokens_per_pass: Annotated[
-        int | None,
-        typer.Option(min=1, help="Bounds the memory of a pass.", show_default="the recipe's"),
-    ] = None,
     seed: Annotated[
         int | None, typer.Option(min=0, help="Of everything.", show_default="the recipe's")
     ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="STAGE.NAME=VALUE",
+            help="Change a setting of a stage, e.g. finetune.epochs=2; may be repeated.",
+        ),
+    ] = None,
     task_file: TaskFileOption = None,
 ) -> None:
-    """Fine-tune a ranker at its score rows, many candidates of a member in one sequence.
+    """Run the stages of a recipe; killed anywhere, it goes on with the same bits.
 
     rankonce train ml1m --data ml1m/ --out runs/ml1m
     """
+    from dataclasses import replace
+
     from rankonce.prompts.tasks import load_task
     from rankonce.training.recipes import RECIPES, run_recipe
 
@@ -58,14 +54,9 @@ def train(
     if recipe not in RECIPES:
         raise TrainingError(f"recipe: should be one of {', '.join(RECIPES)}, is {recipe!r}")
     chosen = RECIPES[recipe]()
-    given: dict[str, Any] = {
-        "epochs": epochs,
-        "learning_rate": learning_rate,
-        "max_tokens_per_pass": max_tokens_per_pass,
-        "seed": seed,
-    }
-    changes = {name: value for name, value in given.items() if value is not None}
-    chosen = replace(chosen, config=replace(chosen.config, **changes), size=size or chosen.size)
+    if seed is not None:
+        chosen = chosen.with_seed(seed)
+    chosen = replace(chosen.with_settings(settings or ()), size=size or chosen.size)
     tasks = [load_task(path) for path in task_file or ()]
     run_recipe(chosen, data, out, model=model, tasks=tasks)
     typer.echo(f"model: {out}", err=True)

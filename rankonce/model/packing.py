@@ -157,6 +157,27 @@ def pack_on_host(
     )
 
 
+def pack_texts(
+    texts: Sequence[Sequence[int]], *, device: torch.device | str = "cpu"
+) -> PackedBatch:
+    """Pack whole texts, of which each sees itself alone; every token is a score row."""
+    parts = [PassPart(request=i, first=0, last=0, cached=False) for i in range(len(texts))]
+    layout = lay_out_pass(parts, [len(ids) for ids in texts], [[] for _ in texts])
+    spans = spans_of(layout)
+    host = HostPass(
+        token_ids_T=np.fromiter(chain.from_iterable(texts), np.int32, count=layout.num_tokens),
+        positions_T=layout.positions_T.astype(np.int32),
+        score_rows_C=np.arange(layout.num_tokens, dtype=np.int32),
+        spans=spans,
+        score_spans=spans,
+        tables=({}, {}),
+        kept_rows=[],
+        kept_requests=(),
+        num_cached=0,
+    )
+    return host.on_device(move_together(host.arrays(), device), [])
+
+
 def cached_of(
     parts: Sequence[PassPart],
     requests: Sequence[TokenizedRequest],

@@ -64,6 +64,7 @@ def write_run_record(out: Path, record: dict[str, Any]) -> None:
         try:
             before = json.loads(path.read_text())
             environments = before.pop("environments")
+            before.pop("finished", None)
         except (json.JSONDecodeError, KeyError) as error:
             raise TrainingError(f"out: {path} is not the record of a run: {error}") from error
         for name in sorted(before.keys() | record.keys()):
@@ -77,6 +78,22 @@ def write_run_record(out: Path, record: dict[str, Any]) -> None:
     unfinished = path.with_suffix(".tmp")
     unfinished.write_text(json.dumps({**record, "environments": environments}, indent=2) + "\n")
     os.replace(unfinished, path)
+
+
+def finish_run(out: Path, *, steps: int, seconds: float) -> None:
+    """Note in the run record that the run is done, and what it took."""
+    path = out / "run.json"
+    record = json.loads(path.read_text())
+    record["finished"] = {"steps": steps, "minutes": round(seconds / 60, 2)}
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(record, indent=2) + "\n")
+    os.replace(unfinished, path)
+
+
+def is_finished(out: Path) -> bool:
+    """Whether a run's folder holds a finished model."""
+    path = out / "run.json"
+    return path.exists() and "finished" in json.loads(path.read_text())
 
 
 def cut_metrics(out: Path, last_step: int) -> None:

@@ -1,11 +1,11 @@
-"""Examples become steps: tokenised, shuffled by a seed, packed under a token budget."""
+"""Labelled examples become units: read, mixed over tasks, tokenised, packed."""
 
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,13 +23,19 @@ Target = tuple[float, ...] | None
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizedExample:
-    """A request as token ids with every candidate's target: a probability for each label.
+    """A request as token ids with what is to be learnt of every candidate.
 
-    ``None`` stands where the label is not known.
+    Attributes:
+        targets: for each candidate a probability for each label, or ``None`` where the label is
+            not known.
+        gains: worth of every label: its grade, or 1 for the one whose log-odds rank.
+        ranking: how the task's ranking value comes from the probabilities.
     """
 
     tokens: TokenizedRequest
     targets: tuple[Target, ...]
+    gains: tuple[float, ...]
+    ranking: Literal["log_odds", "expected_grade"]
 
     @property
     def num_tokens(self) -> int:
@@ -37,21 +43,37 @@ class TokenizedExample:
         return len(self.tokens.prefix_ids) + sum(map(len, self.tokens.segment_ids))
 
     @property
-    def num_labels(self) -> int:
+    def num_targets(self) -> int:
         """Candidates whose label is known."""
         return sum(target is not None for target in self.targets)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingBatch:
-    """Examples of one forward pass.
+class LabelGroup:
+    """Score rows whose tasks have the same labels and ranking.
 
     Attributes:
-        label_groups: rows that share their labels' tokens: token ids, rows, targets R x L.
+        label_ids: for every label the token ids that count as it.
+        rows_R: the rows among the pass's score rows.
+        targets_RL: the probability of every label.
+        slates_R: which request a row belongs to, from 0.
+        gains_L: worth of every label.
     """
 
+    label_ids: tuple[tuple[int, ...], ...]
+    rows_R: Tensor
+    targets_RL: Tensor
+    slates_R: Tensor
+    gains_L: Tensor
+    ranking: Literal["log_odds", "expected_grade"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingBatch:
+    """Examples of one forward pass."""
+
     batch: PackedBatch
-    label_groups: tuple[tuple[tuple[tuple[int, ...], ...], Tensor, Tensor], ...]
+    groups: tuple[LabelGroup, ...]
 
 
 def read_examples(path: Path) -> list[TrainingExample]:
@@ -94,7 +116,7 @@ def _read_example(data: Any) -> TrainingExample:
 
 
 def tokenize_examples(
-    examples: Iterable[TrainingExample], renderer: Renderer, tasks: dict[str, Task]
+    examples: Iterable[TrainingExample], renderer: Renderer, tasks: Mapping[str, Task]
 ) -> Iterator[TokenizedExample]:
     """Render and tokenise, exactly as for scoring.
 
@@ -109,12 +131,18 @@ def tokenize_examples(
 
 
 def _tokenize(
-    example: TrainingExample, renderer: Renderer, tasks: dict[str, Task]
+    example: TrainingExample, renderer: Renderer, tasks: Mapping[str, Task]
 ) -> TokenizedExample:
     task = find_task(example.request.task, tasks)
+    graded = task.ranking.kind == "expected_grade"
     return TokenizedExample(
         tokens=renderer.render(task, example.request).tokens,
         targets=tuple(_target(label, task.label_names) for label in example.labels),
+        gains=tuple(
+            float(label.grade or 0.0) if graded else float(label.name == task.ranking.label)
+            for label in task.labels
+        ),
+        ranking=task.ranking.kind,
     )
 
 
@@ -131,35 +159,35 @@ def _target(label: str | Mapping[str, float] | None, names: tuple[str, ...]) -> 
     return tuple(shares.get(name, 0.0) for name in names)
 
 
-def shuffle_into_steps(
-    examples: Sequence[TokenizedExample], *, labels_per_step: int, seed: int
-) -> list[list[TokenizedExample]]:
-    """Shuffle and cut into optimiser steps of about ``labels_per_step`` labels each."""
-    order = np.random.default_rng(seed).permutation(len(examples))
-    steps: list[list[TokenizedExample]] = []
-    labels = labels_per_step
-    for index in order.tolist():
-        if labels >= labels_per_step:
-            steps.append([])
-            labels = 0
-        steps[-1].append(examples[index])
-        labels += examples[index].num_labels
-    return steps
+def mix_tasks(
+    examples: Sequence[TrainingExample], *, temperature: float, seed: int
+) -> list[TrainingExample]:
+    """Draw as many examples again, each task in proportion to its number to the power 1/T.
 
+    At 1 every example comes once; above, small tasks come more often (Raffel et al. 2020, 3.5.2).
+    A task's examples are drawn in a random order and anew when all have come.
 
-def split_by_tokens(
-    examples: Sequence[TokenizedExample], *, max_tokens_per_pass: int
-) -> list[list[TokenizedExample]]:
-    """Cut a step into passes under a token budget; an example is never cut."""
-    passes: list[list[TokenizedExample]] = [[]]
-    tokens = 0
+    Raises:
+        DataError: the temperature is below 1.
+    """
+    if not temperature >= 1:
+        raise DataError(f"temperature: should be 1 or more, is {temperature}")
+    by_task: dict[str, list[TrainingExample]] = {}
     for example in examples:
-        if passes[-1] and tokens + example.num_tokens > max_tokens_per_pass:
-            passes.append([])
-            tokens = 0
-        passes[-1].append(example)
-        tokens += example.num_tokens
-    return passes
+        by_task.setdefault(example.request.task, []).append(example)
+    if temperature == 1 or len(by_task) == 1:
+        return list(examples)
+    weights = np.array([len(part) for part in by_task.values()], dtype=np.float64)
+    shares = weights ** (1 / temperature)
+    counts = np.floor(shares / shares.sum() * len(examples)).astype(np.int64)
+    random = np.random.default_rng(seed)
+    drawn: list[TrainingExample] = []
+    for part, count in zip(by_task.values(), counts.tolist(), strict=True):
+        while count > 0:
+            order = random.permutation(len(part))[:count].tolist()
+            drawn += [part[index] for index in order]
+            count -= len(order)
+    return drawn
 
 
 def pack_examples(
@@ -171,20 +199,34 @@ def pack_examples(
         PassPart(request=index, first=0, last=len(request.segment_ids), cached=False)
         for index, request in enumerate(requests)
     ]
-    groups: dict[tuple[tuple[int, ...], ...], tuple[list[int], list[tuple[float, ...]]]] = {}
+    groups: dict[Any, tuple[list[int], list[tuple[float, ...]], list[int]]] = {}
     row = 0
     for example in examples:
-        rows, targets = groups.setdefault(example.tokens.label_ids, ([], []))
+        key = (example.tokens.label_ids, example.gains, example.ranking)
+        rows, targets, slates = groups.setdefault(key, ([], [], []))
+        slate = slates[-1] + 1 if slates else 0
         for target in example.targets:
             if target is not None:
                 rows.append(row)
                 targets.append(target)
+                slates.append(slate)
             row += 1
+
+    def place(values: Any) -> Tensor:
+        return torch.tensor(values, device=device)
+
     return TrainingBatch(
         batch=pack_pass(parts, requests, {}, keep_prefixes=False, device=device),
-        label_groups=tuple(
-            (ids, torch.tensor(rows, device=device), torch.tensor(targets, device=device))
-            for ids, (rows, targets) in groups.items()
+        groups=tuple(
+            LabelGroup(
+                label_ids=ids,
+                rows_R=place(rows),
+                targets_RL=place(targets),
+                slates_R=place(slates),
+                gains_L=place(gains),
+                ranking=ranking,
+            )
+            for (ids, gains, ranking), (rows, targets, slates) in groups.items()
             if rows
         ),
     )

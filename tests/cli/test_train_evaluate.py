@@ -72,11 +72,13 @@ def test_a_recipe_trains_a_checkpoint_that_is_measured_beside_baselines(
     run: Command, data: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    done = run("train", "ml1m", "--data", data, "--out", out, "--epochs", 2)
+    done = run("train", "ml1m", "--data", data, "--out", out, "--set", "finetune.epochs=2")
     assert done.exit_code == 0, done.err
     assert done.out == ""
     record = json.loads((out / "run.json").read_text())
-    assert record["recipe"] == "ml1m"
+    assert record["run"] == "ml1m"
+    assert record["config"]["finetune"]["epochs"] == 2
+    assert "# ml1m" in (out / "README.md").read_text()
     assert set(record["data"]) == {"train.parquet", "valid.parquet", "items.parquet"}
     assert record["environments"][0]["commit"]
 
@@ -104,8 +106,24 @@ def test_an_unknown_recipe_is_named(run: Command, data: Path, tmp_path: Path) ->
     done = run("train", "ml2m", "--data", data, "--out", tmp_path / "x")
     assert (done.exit_code, done.err) == (
         1,
-        "error: recipe: should be one of ml1m, ml-small, examples, is 'ml2m'\n",
+        "error: recipe: should be one of ml1m, ml-small, is 'ml2m'\n",
     )
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("finetune.epoch=2", "set: a stage has the settings epochs, max_steps"),
+        ("tune.epochs=2", "set: should be STAGE.NAME=VALUE with a stage of finetune"),
+        ("finetune.epochs=two", "set: epochs should be of int"),
+    ],
+)
+def test_an_unknown_setting_is_named(
+    run: Command, data: Path, tmp_path: Path, setting: str, message: str
+) -> None:
+    done = run("train", "ml1m", "--data", data, "--out", tmp_path / "x", "--set", setting)
+    assert done.exit_code == 1
+    assert message in done.err
 
 
 def test_an_unknown_size_is_named(run: Command, data: Path, tmp_path: Path) -> None:

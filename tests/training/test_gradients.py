@@ -1,5 +1,6 @@
 """The house law in training: packed gradients are separate gradients."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,8 +12,8 @@ from rankonce.prompts.encoding import TextEncoder
 from rankonce.prompts.rendering import Renderer
 from rankonce.prompts.tasks import library_tasks
 from rankonce.records import TrainingExample
-from rankonce.training.data import TokenizedExample, pack_examples, tokenize_examples
-from rankonce.training.loop import label_loss
+from rankonce.training.data import TokenizedExample, tokenize_examples
+from rankonce.training.objectives import LabelObjective
 from tests.conftest import ARCHITECTURES, build_network, build_request
 
 
@@ -48,7 +49,8 @@ def test_packed_gradients_equal_separate_gradients(tokenizer: Any, architecture:
     examples = build_examples(tokenizer)
     packed, plain = build_network(architecture), build_network(architecture)
     use_segment_attention(packed)
-    loss = label_loss(packed, pack_examples(examples))
+    objective = LabelObjective()
+    loss = objective.loss(packed, objective.pack(examples))
     expected = separate_loss(plain, examples)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     loss.backward(), expected.backward()
@@ -64,6 +66,7 @@ def test_candidates_without_a_label_do_not_train(tokenizer: Any) -> None:
     network = build_network("llama")
     use_segment_attention(network)
     (example, *_) = build_examples(tokenizer)
-    unknown = TokenizedExample(tokens=example.tokens, targets=(None,) * len(example.targets))
-    assert label_loss(network, pack_examples([unknown])).item() == 0.0
+    unknown = replace(example, targets=(None,) * len(example.targets))
+    objective = LabelObjective()
+    assert objective.loss(network, objective.pack([unknown])).item() == 0.0
     assert head_of(network).weight_VD.grad is None

@@ -16,13 +16,20 @@ from safetensors.torch import load_file
 
 from rankonce.errors import DataError, NumericsError, RankOnceError, TrainingError
 from rankonce.model.sizes import SIZES, build_model
+from rankonce.prompts.encoding import TextEncoder
+from rankonce.prompts.rendering import Renderer
 from rankonce.prompts.tasks import library_tasks
 from rankonce.ranker import Ranker
 from rankonce.records import TrainingExample
 from rankonce.training import loop
-from rankonce.training.data import read_examples, shuffle_into_steps
-from rankonce.training.loop import TrainConfig, TrainingData, learning_rate, train
-from rankonce.training.recipes import RECIPES, examples, run_recipe
+from rankonce.training.data import read_examples, tokenize_examples
+from rankonce.training.loop import TrainConfig, TrainingData, train
+from rankonce.training.objectives import LabelObjective, Learner
+from rankonce.training.optimization import rate_factor
+from rankonce.training.recipes import RECIPES
+from rankonce.training.runs import run_stages
+from rankonce.training.stages import Stage, StageSource, Tasks, finetune_source
+from rankonce.training.steps import cut_into_steps, shuffle_units
 from tests.conftest import build_network, build_request, build_tokenizer
 from tests.training.test_gradients import build_examples
 
@@ -49,7 +56,7 @@ def write_examples(path: Path, count: int = 24) -> None:
 
 CONFIG = TrainConfig(
     epochs=3,
-    labels_per_step=24,
+    targets_per_step=24,
     max_tokens_per_pass=900,
     learning_rate=3e-3,
     averaging=0.5,
@@ -58,14 +65,30 @@ CONFIG = TrainConfig(
 )
 
 
-def run(folder: Path, out: str, config: TrainConfig = CONFIG) -> Path:
-    recipe = replace(examples(), config=config, size="1m")
-    run_recipe(recipe, folder / "examples.jsonl", folder / out)
+def finetune_stage(config: TrainConfig) -> Stage:
+    def load(path: Path, config: TrainConfig, tasks: Tasks) -> StageSource:
+        return finetune_source([path], config, tasks)
+
+    return Stage(name="finetune", load=load, config=config)
+
+
+def run(folder: Path, out: str, config: TrainConfig = CONFIG, **options: Any) -> Path:
+    run_stages(
+        [finetune_stage(config)],
+        folder / "examples.jsonl",
+        folder / out,
+        **{"name": "test", "size": "1m", "seed": 0, **options},
+    )
     return folder / out
 
 
+def stage_of(out: Path) -> Path:
+    return out / "stages" / "1-finetune"
+
+
 def metrics(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    lines = (stage_of(out) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -85,13 +108,12 @@ def test_a_finished_run_is_a_checkpoint_that_ranks(trained: Path) -> None:
     result = Ranker.from_pretrained(trained).score(build_request(20))
     assert result.distinct_score_ratio == 1.0
     assert (trained / "run.json").is_file()
-    assert any((trained / "tensorboard").iterdir())
+    assert any((stage_of(trained) / "tensorboard").iterdir())
 
 
 def test_a_run_from_a_checkpoint_starts_where_that_one_ended(trained: Path) -> None:
-    out = trained.parent / "continued"
-    recipe = replace(examples(), config=replace(CONFIG, epochs=1, learning_rate=1e-5))
-    run_recipe(recipe, trained.parent / "examples.jsonl", out, model=str(trained))
+    config = replace(CONFIG, epochs=1, learning_rate=1e-5)
+    out = run(trained.parent, "continued", config, model=str(trained))
     before, after = metrics(trained), metrics(out)
     first = sum(step["loss"] for step in before[: len(after)])
     assert sum(step["loss"] for step in after) < 0.7 * first
@@ -139,7 +161,7 @@ def test_a_killed_process_resumes_with_the_same_bits(trained: Path) -> None:
         stderr=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 120
-    while not (out / "checkpoints" / "4").is_dir() and time.monotonic() < deadline:
+    while not (stage_of(out) / "checkpoints" / "4").is_dir() and time.monotonic() < deadline:
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
@@ -161,7 +183,8 @@ def test_gradients_do_not_depend_on_how_labels_fall_into_passes(tokenizer: Any) 
         use_segment_attention(network)
         optimizer = torch.optim.SGD(network.parameters(), lr=0.0)
         config = replace(CONFIG, max_tokens_per_pass=budget, max_gradient_norm=1e9)
-        loop._optimize(Accelerator(), network, optimizer, build_examples(tokenizer), config)
+        learner = Learner(network, LabelObjective())
+        loop._optimize(Accelerator(), learner, optimizer, build_examples(tokenizer), config)
         gradients.append([p.grad.clone() for p in network.parameters() if p.grad is not None])
     scale = max(float(g.abs().max()) for g in gradients[0])
     for whole, cut in zip(*gradients, strict=True):
@@ -176,9 +199,8 @@ def test_another_configuration_does_not_continue_a_run(trained: Path) -> None:
 def test_a_reworded_task_does_not_continue_a_run(trained: Path) -> None:
     task = library_tasks()["movie-like"]
     reworded = task.model_copy(update={"question": "Will it be liked? Answer Yes or No."})
-    recipe = replace(examples(), config=CONFIG, size="1m")
     with pytest.raises(TrainingError, match="another tasks"):
-        run_recipe(recipe, trained.parent / "examples.jsonl", trained, tasks=[reworded])
+        run(trained.parent, "straight", tasks=[reworded])
 
 
 def test_a_torn_run_record_is_named(trained: Path, tmp_path: Path) -> None:
@@ -196,7 +218,7 @@ def test_examples_without_any_known_label_are_passed_over(tmp_path: Path) -> Non
         file.write(json.dumps(line) + "\n")
     # Each example has a pass of its own under this budget, the unknown one too.
     out = run(tmp_path, "out", replace(CONFIG, epochs=1, max_tokens_per_pass=1))
-    assert sum(step["labels"] for step in metrics(out)) == 12
+    assert sum(step["targets"] for step in metrics(out)) == 12
 
 
 def test_a_line_separator_inside_a_title_does_not_end_a_line(tmp_path: Path) -> None:
@@ -215,34 +237,30 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     tokenizer = build_tokenizer()
     network = build_network("llama")
     torch.nn.init.constant_(network.lm_head.weight, torch.nan)
+    renderer = Renderer(TextEncoder(tokenizer), max_prompt_tokens=4096)
+    rows = [TrainingExample(request=build_request(2), labels=("Yes", "No"))]
     data = TrainingData(
-        epoch=lambda _: [TrainingExample(request=build_request(2), labels=("Yes", "No"))],
-        valid=[],
-        fingerprint={},
+        units=lambda _: tokenize_examples(rows, renderer, library_tasks()),
+        objective=LabelObjective(),
     )
     with pytest.raises(NumericsError, match="loss"):
-        train(
-            network,
-            tokenizer,
-            data,
-            tmp_path,
-            tasks=library_tasks(),
-            config=CONFIG,
-            max_prompt_tokens=4096,
-        )
+        train(network, tokenizer, data, tmp_path, config=CONFIG)
 
 
 def test_every_example_is_in_exactly_one_step(tokenizer: Any) -> None:
     rows = build_examples(tokenizer)
-    steps = shuffle_into_steps(rows * 20, labels_per_step=10, seed=3)
+    shuffled = shuffle_units(rows * 20, seed=3)
+    steps = list(cut_into_steps(shuffled, targets_per_step=10))
     assert sorted(map(id, rows * 20)) == sorted(id(row) for step in steps for row in step)
-    assert all(sum(row.num_labels for row in step) >= 10 for step in steps[:-1])
-    assert steps != shuffle_into_steps(rows * 20, labels_per_step=10, seed=4)
+    assert all(sum(row.num_targets for row in step) >= 10 for step in steps[:-1])
+    assert shuffled != shuffle_units(rows * 20, seed=4)
 
 
 def test_learning_rate_warms_up_and_falls_along_a_cosine() -> None:
-    config = TrainConfig(learning_rate=1.0, warmup_share=0.1, final_share=0.1)
-    rates = [learning_rate(step / 100, config) for step in range(1, 101)]
+    rates = [
+        rate_factor(step / 100, schedule="cosine", warmup_share=0.1, final_share=0.1)
+        for step in range(1, 101)
+    ]
     assert rates[:10] == pytest.approx([0.1 * step for step in range(1, 11)])
     assert rates[54] == pytest.approx(0.55)
     assert rates[-1] == pytest.approx(0.1)
@@ -297,7 +315,7 @@ def test_a_faulty_example_is_named(
     path = tmp_path / "examples.jsonl"
     path.write_text(line + "\n")
     with pytest.raises(error, match=message):
-        run_recipe(examples(), path, tmp_path / "out", model=None)
+        run_stages([finetune_stage(CONFIG)], path, tmp_path / "out", name="x", size="1m", seed=0)
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 

@@ -1,0 +1,99 @@
+"""``rankonce finetune``: supervised fine-tuning on labelled requests of any tasks."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rankonce.cli.options import TaskFileOption, quiet_transformers
+from rankonce.errors import TrainingError
+
+
+def finetune(
+    data: Annotated[
+        list[Path],
+        typer.Option(exists=True, dir_okay=False, help="JSON lines of requests with labels."),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(file_okay=False, help="Folder of the model; a run found there goes on."),
+    ],
+    valid: Annotated[
+        list[Path] | None,
+        typer.Option(exists=True, dir_okay=False, help="The same, held out: loss every epoch."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER|ID", help="Checkpoint to start from.", show_default="from scratch"
+        ),
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(help="Size from scratch: 1m to 150m.", show_default="3m")
+    ] = None,
+    loss: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[=WEIGHT]",
+            help="softmax, pairwise or listwise; may be repeated.",
+            show_default="softmax",
+        ),
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option(min=1.0, help="Above 1, small tasks come more often.")
+    ] = 1.0,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the data.")] = 3,
+    learning_rate: Annotated[float, typer.Option(min=0.0, help="The peak.")] = 1e-3,
+    targets_per_step: Annotated[int, typer.Option(min=1, help="Labels of a step.")] = 256,
+    max_tokens_per_pass: Annotated[
+        int, typer.Option(min=1, help="Bounds the memory of a pass.")
+    ] = 16_384,
+    seed: Annotated[int, typer.Option(min=0, help="Of everything.")] = 0,
+    task_file: TaskFileOption = None,
+) -> None:
+    """Fine-tune a ranker at its score rows, many candidates of a member in one sequence.
+
+    rankonce finetune --data examples.jsonl --out runs/mine
+    """
+    from functools import partial
+
+    from rankonce.prompts.tasks import load_task
+    from rankonce.training.loop import TrainConfig
+    from rankonce.training.runs import run_stages
+    from rankonce.training.stages import Stage, StageSource, Tasks, finetune_source
+
+    if model is not None and size is not None:
+        raise typer.BadParameter("is for training from scratch", param_hint="--size")
+    quiet_transformers()
+    losses = dict(_read_loss(text) for text in loss or ["softmax"])
+
+    def load(_: Path, config: TrainConfig, tasks: Tasks) -> StageSource:
+        read = partial(finetune_source, valid_paths=valid or (), temperature=temperature)
+        return read(data, config, tasks, losses=losses)
+
+    config = TrainConfig(
+        epochs=epochs,
+        learning_rate=learning_rate,
+        targets_per_step=targets_per_step,
+        max_tokens_per_pass=max_tokens_per_pass,
+        seed=seed,
+    )
+    run_stages(
+        [Stage(name="finetune", load=load, config=config)],
+        data[0],
+        out,
+        name="finetune",
+        size=size or "3m",
+        seed=seed,
+        model=model,
+        tasks=[load_task(path) for path in task_file or ()],
+    )
+    typer.echo(f"model: {out}", err=True)
+
+
+def _read_loss(text: str) -> tuple[str, float]:
+    name, _, weight = text.partition("=")
+    try:
+        return name, float(weight or 1.0)
+    except ValueError as error:
+        raise TrainingError(f"loss: should be NAME or NAME=WEIGHT, is {text!r}") from error

@@ -1,0 +1,135 @@
+"""Runs of stages: the start, one stage after the other, and the finished ranker.
+
+OUT/                     the finished model, its tokenizer, run.json and README.md, the model card
+OUT/stages/1-pretrain/   a run of the loop: see ``checkpoint``; evaluation.json if it was measured
+OUT/stages/2-finetune/   …
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rankonce.model.loading import load_model
+from rankonce.model.sizes import CONTEXT_TOKENS, build_model
+from rankonce.prompts.encoding import TextEncoder
+from rankonce.prompts.rendering import Renderer
+from rankonce.prompts.tasks import Task, library_tasks
+from rankonce.records import TrainingExample
+from rankonce.training.checkpoint import finish_run, is_finished, save_model, write_run_record
+from rankonce.training.loop import train
+from rankonce.training.model_card import write_model_card
+from rankonce.training.stages import Stage, StageSource
+from rankonce.training.tokenizer import train_tokenizer
+
+# Measures a model's folder on labelled requests: metrics by task.
+Evaluate = Callable[[Path, Sequence[TrainingExample]], Mapping[str, Any]]
+
+
+def run_stages(
+    stages: Sequence[Stage],
+    data: Path,
+    out: Path,
+    *,
+    name: str,
+    size: str,
+    seed: int,
+    model: str | None = None,
+    tasks: Iterable[Task] = (),
+    evaluate: Evaluate | None = None,
+) -> None:
+    """Run stages one after the other, from a checkpoint or from random weights.
+
+    A run that was killed goes on where it stood; stages that are finished are not run again.
+
+    Args:
+        name: of what is run, for the record.
+        size: what is built where no checkpoint is given.
+        model: a checkpoint to start from; without one a tokenizer is trained on the texts of all
+            stages and a model of the size is built.
+        evaluate: measures the model on a stage's valid requests after each stage.
+
+    Raises:
+        RankOnceError: the data, the checkpoint or the output folder cannot be used.
+    """
+    known = {**library_tasks(), **{task.name: task for task in tasks}}
+    sources = [stage.load(data, stage.config, known) for stage in stages]
+    used = {task.name: task for source in sources for task in source.tasks}
+    record = {
+        "run": name,
+        "config": {stage.name: asdict(stage.config) for stage in stages},
+        "tasks": {
+            key: hashlib.sha256(task.model_dump_json().encode()).hexdigest()
+            for key, task in sorted(used.items())
+        },
+        "size": size if model is None else None,
+        "seed": seed,
+        "model": model,
+        "data": {key: value for source in sources for key, value in source.fingerprint.items()},
+    }
+    write_run_record(out, record)
+    for part, table in (pair for source in sources for pair in source.split.items()):
+        (out / "split").mkdir(exist_ok=True)
+        table.write_parquet(out / "split" / f"{part}.parquet")
+    tokenizer, limit = _start(out, sources, list(known.values()), model, size, seed)
+    renderer = Renderer(TextEncoder(tokenizer), max_prompt_tokens=limit)
+    before: str | Path = out / "start" if model is None else model
+    for number, (stage, source) in enumerate(zip(stages, sources, strict=True), start=1):
+        folder = out / "stages" / f"{number}-{stage.name}"
+        if not is_finished(folder):
+            train(
+                AutoModelForCausalLM.from_pretrained(
+                    before, dtype=torch.float32, attn_implementation="eager"
+                ),
+                tokenizer,
+                source.open(renderer),
+                folder,
+                config=stage.config,
+                name=stage.name,
+                record={"data": source.fingerprint},
+            )
+        measured = folder / "evaluation.json"
+        if evaluate is not None and source.valid and not measured.exists():
+            measured.write_text(json.dumps(evaluate(folder, source.valid), indent=2) + "\n")
+        before = folder
+    save_model(out, AutoModelForCausalLM.from_pretrained(before, dtype=torch.float32), tokenizer)
+    finished = [json.loads((p / "run.json").read_text())["finished"] for p in _folders(out, stages)]
+    finish_run(
+        out,
+        steps=sum(one["steps"] for one in finished),
+        seconds=60 * sum(one["minutes"] for one in finished),
+    )
+    write_model_card(out, _folders(out, stages), tasks=sorted(used))
+
+
+def _folders(out: Path, stages: Sequence[Stage]) -> list[Path]:
+    return [out / "stages" / f"{number}-{s.name}" for number, s in enumerate(stages, start=1)]
+
+
+def _start(
+    out: Path,
+    sources: Sequence[StageSource],
+    tasks: Sequence[Task],
+    model: str | None,
+    size: str,
+    seed: int,
+) -> tuple[Any, int]:
+    """Check the checkpoint, or write a tokenizer and random weights to ``OUT/start``, once.
+
+    Args:
+        tasks: whose labels become one token each, also where a later run learns them.
+    """
+    if model is not None:
+        start = load_model(model, precision="fp32")
+        return start.tokenizer, start.max_prompt_tokens
+    folder = out / "start"
+    if not (folder / "config.json").exists():
+        bytewise = Renderer(TextEncoder(train_tokenizer([" "], tasks)), max_prompt_tokens=2**31)
+        texts = (text for source in sources for text in source.texts(bytewise))
+        save_model(folder, build_model(size, seed=seed), train_tokenizer(texts, tasks))
+    return AutoTokenizer.from_pretrained(folder), CONTEXT_TOKENS

@@ -1,0 +1,157 @@
+"""Stages of a training run: what is read, how it becomes units, and what is learnt from these.
+
+A source knows its data but no tokenizer yet: a ranker from scratch gets one that is trained on the
+texts of all its stages.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from rankonce.errors import DataError
+from rankonce.prompts.rendering import Renderer
+from rankonce.prompts.tasks import Task, find_task
+from rankonce.records import TrainingExample
+from rankonce.training.data import mix_tasks, read_examples, tokenize_examples
+from rankonce.training.loop import TrainConfig, TrainingData
+from rankonce.training.objectives import LabelObjective
+
+# Prompts that a tokenizer is trained on.
+_NUM_TOKENIZER_EXAMPLES = 2000
+
+Tasks = Mapping[str, Task]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSource:
+    """The data of a stage before there is a tokenizer.
+
+    Attributes:
+        open: makes units with a renderer, whose encoder has the tokenizer.
+        texts: a sample of what will be read, rendered, to train a tokenizer on.
+        tasks: whose labels should be one token each.
+        valid: labelled requests that a ranker may be measured on after the stage.
+        fingerprint: says which data these are; a resumed run must have the same.
+        split: tables that the data were cut into, where the recipe cut them.
+    """
+
+    open: Callable[[Renderer], TrainingData]
+    texts: Callable[[Renderer], Iterable[str]]
+    tasks: Sequence[Task] = ()
+    valid: Sequence[TrainingExample] = ()
+    fingerprint: Mapping[str, Any] = field(default_factory=dict)
+    split: Mapping[str, pl.DataFrame] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage of a recipe.
+
+    Attributes:
+        name: of the stage, once in a recipe: ``pretrain``, ``instruct``, ``finetune`` …
+        load: reads the data from a folder or file.
+    """
+
+    name: str
+    load: Callable[[Path, TrainConfig, Tasks], StageSource]
+    config: TrainConfig = field(default_factory=TrainConfig)
+
+
+def label_source(
+    epoch: Callable[[int], Iterable[TrainingExample]],
+    *,
+    tasks: Tasks,
+    valid: Sequence[TrainingExample] = (),
+    losses: Mapping[str, float] | None = None,
+    fingerprint: Mapping[str, Any],
+    split: Mapping[str, pl.DataFrame] | None = None,
+) -> StageSource:
+    """Make the source of a stage that learns labels at score rows.
+
+    Args:
+        epoch: the examples of an epoch.
+        tasks: by name, those of the examples among them.
+        losses: weights of losses of the table; cross-entropy alone by default.
+    """
+    objective = LabelObjective(losses=losses or {"softmax": 1.0})
+    first = list(epoch(0))
+    names = sorted({example.request.task for example in (*first, *valid)})
+
+    def open_with(renderer: Renderer) -> TrainingData:
+        return TrainingData(
+            units=lambda number: tokenize_examples(epoch(number), renderer, tasks),
+            objective=objective,
+            valid=lambda: tokenize_examples(valid, renderer, tasks),
+        )
+
+    def texts(renderer: Renderer) -> Iterable[str]:
+        for example in islice(first, _NUM_TOKENIZER_EXAMPLES):
+            rendered = renderer.render(find_task(example.request.task, tasks), example.request)
+            yield rendered.prefix.removeprefix(renderer.encoder.head)
+            yield from rendered.segments
+
+    return StageSource(
+        open=open_with,
+        texts=texts,
+        tasks=[find_task(name, tasks) for name in names],
+        valid=valid,
+        fingerprint=fingerprint,
+        split=split or {},
+    )
+
+
+def finetune_source(
+    paths: Sequence[Path],
+    config: TrainConfig,
+    tasks: Tasks,
+    *,
+    valid_paths: Sequence[Path] = (),
+    temperature: float = 1.0,
+    losses: Mapping[str, float] | None = None,
+) -> StageSource:
+    """Read JSON lines of labelled requests of any tasks.
+
+    Args:
+        temperature: evens out how often tasks come; see ``mix_tasks``.
+
+    Raises:
+        DataError: names the file, the line and the field.
+    """
+    rows = [example for path in paths for example in read_examples(path)]
+    valid = [example for path in valid_paths for example in read_examples(path)]
+
+    def epoch(number: int) -> Iterable[TrainingExample]:
+        return mix_tasks(rows, temperature=temperature, seed=config.seed + number)
+
+    return label_source(
+        epoch,
+        tasks=tasks,
+        valid=valid,
+        losses=losses,
+        fingerprint={
+            **fingerprint_files([*paths, *valid_paths]),
+            "temperature": temperature,
+        },
+    )
+
+
+def fingerprint_files(paths: Iterable[Path]) -> dict[str, str]:
+    """SHA-256 of every file by its name.
+
+    Raises:
+        DataError: a file cannot be read, or two have one name.
+    """
+    found: dict[str, str] = {}
+    for path in paths:
+        name = path.name if path.name not in found else str(path)
+        try:
+            with path.open("rb") as file:
+                found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    return found
