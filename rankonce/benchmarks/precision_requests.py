@@ -115,6 +115,7 @@ def read_ml_small(
         raise DataError(f"members: should be 1 or more, is {num_members}")
     stage = ml_small().stages[-1]
     data = stage.load(folder, stage.config, library_tasks())
+    assert data is not None
     valid = data.split["valid"]
     counts = valid.group_by("user_id").len().filter(pl.col("len") >= _MIN_CANDIDATES)
     members = np.sort(counts["user_id"].to_numpy())

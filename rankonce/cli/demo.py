@@ -109,12 +109,8 @@ def _savings(savings: list[dict[str, Any]]) -> object:
 def _ranking(request: "ScoreRequest", result: "ScoreResult", other: "ScoreResult") -> object:
     from rich.table import Table
 
-    liked = [str(e.item.fields["title"]) for e in request.history if e.action == "liked"]
-    disliked = [str(e.item.fields["title"]) for e in request.history if e.action == "disliked"]
-    table = Table(
-        title=f"{request.id}\nliked {', '.join(liked)}\ndisliked {', '.join(disliked)}",
-        title_justify="left",
-    )
+    liked = [str(event.item.fields["title"]) for event in request.history]
+    table = Table(title=f"{request.id}\nliked {', '.join(liked)}", title_justify="left")
     table.add_column("rank", justify="right")
     table.add_column("film", no_wrap=True, max_width=44)
     table.add_column("genres", no_wrap=True, max_width=30)

@@ -10,7 +10,7 @@ import typer
 from rankonce.cli.options import TaskFileOption
 
 if TYPE_CHECKING:
-    from rankonce.prompts.features import FieldSpec
+    from rankonce.prompts.spelling import FieldSpec
     from rankonce.prompts.tasks import Lines, Task
 
 # The moment of the example request; its events lie before it.

@@ -10,7 +10,7 @@ from rankonce.errors import TrainingError
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="ml1m or ml-small.")],
+    recipe: Annotated[str, typer.Argument(help="ml1m, ml1m-alone or ml-small.")],
     data: Annotated[Path, typer.Option(exists=True, help="Folder of the dataset.")],
     out: Annotated[
         Path,
@@ -56,7 +56,8 @@ def train(
     chosen = RECIPES[recipe]()
     if seed is not None:
         chosen = chosen.with_seed(seed)
-    chosen = replace(chosen.with_settings(settings or ()), size=size or chosen.size)
+    chosen = chosen.with_settings(settings or ())
+    chosen = replace(chosen, size=size or chosen.size)
     tasks = [load_task(path) for path in task_file or ()]
     run_recipe(chosen, data, out, model=model, tasks=tasks)
     typer.echo(f"model: {out}", err=True)

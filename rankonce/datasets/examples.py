@@ -21,9 +21,10 @@ import polars as pl
 from rankonce.datasets.candidate_lists import impression_lists, query_lists
 from rankonce.datasets.common_form import Dataset
 from rankonce.datasets.ml_small import add_histories, add_passed_over
-from rankonce.datasets.movielens import MovieRows, PastEvent, movie_examples, read_films
-from rankonce.datasets.statistics import Ints, count_before, statistics_from
+from rankonce.datasets.movielens import MovieRows, movie_examples, movie_numbers, read_films
+from rankonce.datasets.statistics import read_past, read_questions
 from rankonce.errors import DataError
+from rankonce.prompts.features import Ints, count_before
 from rankonce.records import Event, Item, ScoreRequest, TrainingExample, Value
 
 # These names are the only link to the tasks of the library.
@@ -82,21 +83,16 @@ def movie_rows_of(dataset: Dataset, *, max_members: int | None = None) -> MovieR
     chosen = known if max_members is None else known.filter(pl.col("user_id") < max_members)
     rows = add_histories(chosen, chosen)
     films = read_films(titled)
-    genres = {film: _texts(fields.get("genres")) for film, fields in films.items()}
-    dislikes: dict[int, list[PastEvent]] = {}
-    disliked = rows.filter(pl.col("label") == 0)
-    for user, film, when in disliked.select("user_id", "item_id", "timestamp").iter_rows():
-        dislikes.setdefault(user, []).append((film, False, when))
     moments = {
         (user, film): when
         for user, film, when in rows.select("user_id", "item_id", "timestamp").iter_rows()
     }
+    # Without the histories of all members: what is liked together costs too much for large sets.
     return MovieRows(
         rows=rows,
         films=films,
-        statistics=statistics_from(known, rows, genres_by_item=genres),
+        numbers=movie_numbers(read_past(known), read_questions(rows), films),
         moments=moments,
-        dislikes=dislikes,
     )
 
 

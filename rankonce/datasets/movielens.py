@@ -4,39 +4,56 @@
             first)
     items   item_id, title, genres ("Action|Sci-Fi")
 
-Statistics of members and films, and what members disliked, come from the train rows alone; a train
-row sees only what was strictly earlier than itself.
+What prompts say of members and films comes from the train rows alone (``prompts.features``); a
+train row sees only what was strictly earlier than itself. The history holds likes: dislikes are
+known of the train rows only, and a history in which they stop while likes go on would teach a
+ranker what is no more true when it serves. They count in the numbers.
 """
 
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 
-from rankonce.datasets.statistics import (
-    Floats,
-    log_odds,
-    past_statistics,
-    read_whole_numbers,
-    smoothed_share,
-    statistics_from,
-)
+from rankonce.datasets.statistics import read_past, read_questions, read_whole_numbers
 from rankonce.errors import DataError
+from rankonce.prompts.features import (
+    MONTH,
+    Floats,
+    PastEvents,
+    Questions,
+    Rates,
+    co_liked_neighbours,
+    expected_share,
+    genre_affinity,
+    genre_rates,
+    history_share,
+    item_rates,
+    mean_of_history,
+    member_rates,
+    overall_share,
+    popularity_percentile,
+)
 from rankonce.records import Event, Item, ScoreRequest, TrainingExample, Value
 
 TASK = "movie-like"
-# A film's or member's share counts as if this many rows of the average had come before.
-_STRENGTH = 4.0
-# The same where both averages are added; chosen on the later fifth of MovieLens-1M's train rows.
+# A film's or member's share counts as if this many rows of the average had come before; chosen on
+# the later fifth of MovieLens-1M's train rows.
 _FILM_STRENGTH, _MEMBER_STRENGTH = 5.0, 20.0
+# Likes whose quality the profile says apart from all others.
+_NEWEST = 5
 
-
-# film, liked, Unix seconds
-PastEvent = tuple[int, bool, int]
+# What the candidates and the profile say, by the names of the task's fields.
+_CANDIDATE_FIELDS = (
+    "expected_like_share", "num_raters", "like_share", "genre_affinity", "popularity",
+    "co_liked", "closest_co_liked", "year_gap",
+)  # fmt: skip
+_PROFILE_FIELDS = ("num_ratings", "member_like_share", "liked_share", "newly_liked_share")
+_MEMBER_FIELDS = ("genre_affinity", "num_ratings", "member_like_share")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,29 +63,26 @@ class MovieRows:
     Attributes:
         rows: user_id, item_id, timestamp, history_ids, and label where it is known.
         films: title and genres of every film by its id.
-        statistics: one row a row, from the train rows (see ``datasets.statistics``).
+        numbers: one number a row by the name of its field; nan where nothing is known.
         moments: when a member rated a film.
-        dislikes: for every member the films disliked in the train rows, oldest first.
     """
 
     rows: pl.DataFrame
     films: Mapping[int, Mapping[str, Value]]
-    statistics: pl.DataFrame
+    numbers: Mapping[str, Floats]
     moments: Mapping[tuple[int, int], int]
-    dislikes: Mapping[int, Sequence[PastEvent]]
 
-    def history(self, index: int) -> list[PastEvent]:
-        """Return what a row's member liked and disliked strictly before it, oldest first."""
+    def history(self, index: int) -> list[tuple[int, int]]:
+        """Return what a row's member liked strictly before it and when, oldest first."""
         row = self.rows.row(index, named=True)
         user, now = row["user_id"], row["timestamp"]
-        events: list[PastEvent] = []
+        events: list[tuple[int, int]] = []
         when = 0
         for film in row["history_ids"] or ():
             # A film of unknown date keeps its place behind the one before it.
-            when = min(now, self.moments.get((user, film), when))
-            events.append((film, True, when))
-        events += [event for event in self.dislikes.get(user, ()) if event[2] < now]
-        return sorted(events, key=lambda event: event[2])
+            when = max(when, min(now, self.moments.get((user, film), when)))
+            events.append((film, when))
+        return events
 
 
 def read_rows(path: Path) -> pl.DataFrame:
@@ -96,53 +110,128 @@ def read_films(items: pl.DataFrame) -> dict[int, dict[str, Value]]:
     return films
 
 
+@dataclass(frozen=True, kw_only=True)
+class FilmPrior:
+    """What is known of a film from elsewhere.
+
+    Attributes:
+        like_share: in 0..1.
+        strength: the raters that it counts as.
+    """
+
+    like_share: float
+    strength: float
+
+
 def movie_rows(
-    rows: pl.DataFrame, items: pl.DataFrame, *, train: pl.DataFrame | None = None
+    rows: pl.DataFrame,
+    items: pl.DataFrame,
+    *,
+    train: pl.DataFrame | None = None,
+    priors: Mapping[int, FilmPrior] | None = None,
 ) -> MovieRows:
     """Join rows with what was known when they happened.
 
     Args:
         train: rows whose labels may be used; the rows themselves where they are the train part.
+        priors: by film; they change what is taught (see ``movie_examples``), never what is told.
 
     Raises:
         DataError: a column is missing, or a row names a film that items does not have.
     """
     for name in ("user_id", "item_id", "timestamp"):
         read_whole_numbers(rows, name)
-    _check_histories(rows)
     films = read_films(items)
     known = rows if train is None else train
-    past = [film for ids in rows["history_ids"].to_list() for film in ids or ()]
-    unknown = (set(rows["item_id"].to_list()) | set(past)) - set(films)
+    asked = read_questions(rows)
+    if asked.histories is None:
+        raise DataError(f"history_ids: should be a column of the rows, which have {rows.columns}")
+    liked = {film for history in asked.histories for film in history}
+    unknown = (set(rows["item_id"].to_list()) | liked) - set(films)
     if unknown:
         raise DataError(f"item_id: {sorted(unknown)[:5]} are in no row of items")
-    genres = {film: _genres(fields) for film, fields in films.items()}
-    if train is None:
-        statistics = past_statistics(rows, genres_by_item=genres)
-    else:
-        statistics = statistics_from(train, rows, genres_by_item=genres)
+    past = read_past(known)
     moments: dict[tuple[int, int], int] = {}
     for frame in (rows, known):
         keys = zip(frame["user_id"].to_list(), frame["item_id"].to_list(), strict=True)
         moments.update(zip(keys, frame["timestamp"].to_list(), strict=True))
-    dislikes: dict[int, list[PastEvent]] = defaultdict(list)
-    disliked = known.filter(pl.col("label") == 0).sort("timestamp", maintain_order=True)
-    for user, film, when in disliked.select("user_id", "item_id", "timestamp").iter_rows():
-        dislikes[user].append((film, False, when))
     return MovieRows(
-        rows=rows, films=films, statistics=statistics, moments=moments, dislikes=dislikes
+        rows=rows, films=films, numbers=movie_numbers(past, asked, films, priors), moments=moments
     )
 
 
-def _check_histories(rows: pl.DataFrame) -> None:
-    if "history_ids" not in rows.columns:
-        raise DataError(f"history_ids: should be a column of the rows, which have {rows.columns}")
-    histories = rows["history_ids"]
-    inner = getattr(histories.dtype, "inner", None)
-    if inner is None or not (inner.is_integer() or inner == pl.Null) or histories.null_count():
-        raise DataError(f"history_ids: should be lists of whole numbers, are {histories.dtype}")
-    if histories.list.drop_nulls().list.len().sum() < histories.list.len().sum():
-        raise DataError("history_ids: should hold whole numbers without nulls")
+def movie_numbers(
+    past: PastEvents,
+    asked: Questions,
+    films: Mapping[int, Mapping[str, Value]],
+    priors: Mapping[int, FilmPrior] | None = None,
+) -> dict[str, Floats]:
+    """Compute what prompts say in numbers, by the names of the task's fields.
+
+    ``taught_share`` and ``taught_film_share`` are the expected and the film's like share with what
+    is known from elsewhere; no prompt says them.
+
+    Args:
+        past: without histories what others liked together is not known.
+        asked: with the members' histories.
+        films: title and genres by id.
+    """
+    genres = {film: _genres(fields) for film, fields in films.items()}
+    overall = overall_share(past, asked)
+    item, member = item_rates(past, asked), member_rates(past, asked)
+    genre = genre_rates(past, asked, genres_by_item=genres)
+    years = {film: year for film, fields in films.items() if (year := _year(fields)) is not None}
+    own_year = np.array([years.get(film, np.nan) for film in asked.items.tolist()])
+    film_share = item.share(prior=overall, strength=_FILM_STRENGTH)
+    # A history may go on where the known rows of its member have ended.
+    has_history = np.array([len(history) > 0 for history in asked.histories or ()])
+    co_liked = closest = np.full(len(overall), np.nan)
+    if past.histories is not None:
+        neighbours = co_liked_neighbours(past, asked)
+        co_liked = np.where(has_history, neighbours.mean_cosine, np.nan)
+        closest = np.where(has_history, neighbours.max_cosine, np.nan)
+    taught = _with_priors(item, asked, priors or {})
+
+    def expect(rates: Rates) -> Floats:
+        return expected_share(
+            rates,
+            member,
+            overall=overall,
+            item_strength=_FILM_STRENGTH,
+            member_strength=_MEMBER_STRENGTH,
+        )
+
+    return {
+        "expected_like_share": expect(item),
+        "film_share": film_share,
+        "taught_share": expect(taught),
+        "taught_film_share": taught.share(prior=overall, strength=_FILM_STRENGTH),
+        "num_raters": item.counts,
+        "like_share": np.where(item.counts > 0, film_share, np.nan),
+        "genre_affinity": np.where(
+            np.nan_to_num(genre.counts) > 0,
+            genre_affinity(genre, member, overall=overall),
+            np.nan,
+        ),
+        "popularity": popularity_percentile(past, asked, period_s=MONTH),
+        "co_liked": co_liked,
+        "closest_co_liked": closest,
+        "year_gap": own_year - mean_of_history(asked, years),
+        "num_ratings": member.counts,
+        "member_like_share": np.where(
+            member.counts > 0, member.share(prior=overall, strength=_FILM_STRENGTH), np.nan
+        ),
+        "liked_share": history_share(past, asked),
+        "newly_liked_share": history_share(past, asked, newest=_NEWEST),
+    }
+
+
+def _with_priors(item: Rates, asked: Questions, priors: Mapping[int, FilmPrior]) -> Rates:
+    nothing = FilmPrior(like_share=0.0, strength=0.0)
+    known = [priors.get(film, nothing) for film in asked.items.tolist()]
+    strengths = np.array([prior.strength for prior in known])
+    shares = np.array([prior.like_share for prior in known])
+    return Rates(counts=item.counts + strengths, likes=item.likes + strengths * shares)
 
 
 def movie_examples(
@@ -151,7 +240,7 @@ def movie_examples(
     candidates_per_example: int,
     seed: int | None = None,
     shared_history: bool = True,
-    forgetting: float = 0.0,
+    newcomers: float = 0.0,
     smoothing: float = 0.0,
 ) -> Iterator[TrainingExample]:
     """Group rows of a member, in the order of time, into examples.
@@ -163,11 +252,10 @@ def movie_examples(
         shared_history: all rows of an example get the profile and history of its first one, as of
             then, while each film is described as of its own row. Else
             only rows with the very same history and statistics of the member share an example.
-        forgetting: the share of titles that become "untitled", year kept, and the largest share of
-            events that are left out; needs a seed. A small set is else learnt by heart: a film by
-            its title and a member by the history, instead of by what is said of them.
-        smoothing: labels become soft: this part of them is the expected share that the prompt
-            tells, which a few rows of one member and film cannot know better.
+        newcomers: share of the examples in which nothing is said of the member but the history, as
+            of members whose ratings are not known; needs a seed.
+        smoothing: labels become soft: this part of them is the expected share, with what is known
+            of the film from elsewhere: a few rows of one member and film cannot know better.
     """
     random = None if seed is None else np.random.default_rng(seed)
     by_member: dict[int, list[int]] = defaultdict(list)
@@ -175,11 +263,10 @@ def movie_examples(
     users = movies.rows["user_id"].to_list()
     for index in order.tolist():
         by_member[users[index]].append(index)
-    columns = _feature_columns(movies)
     for indices in by_member.values():
         for group in _groups(movies, indices, candidates_per_example, shared_history, random):
-            example = _example(movies, columns, group, random, smoothing)
-            yield _forget(example, forgetting, random) if forgetting and random else example
+            is_new = random is not None and bool(random.random() < newcomers)
+            yield _example(movies, group, random, smoothing, is_new)
 
 
 def _groups(
@@ -189,7 +276,7 @@ def _groups(
     shared_history: bool,
     random: np.random.Generator | None,
 ) -> Iterator[list[int]]:
-    liked, rated = movies.rows["history_ids"], movies.statistics["user_count"]
+    liked, rated = movies.rows["history_ids"], movies.numbers["num_ratings"]
 
     def known(index: int) -> tuple[tuple[int, ...], int]:
         # The films liked before and the train rows before say everything that a prefix says.
@@ -208,84 +295,70 @@ def _groups(
         start = end
 
 
-def _feature_columns(movies: MovieRows) -> dict[str, Floats]:
-    """The numbers that prompts say, as arrays over the rows."""
-    counts = {
-        name: movies.statistics[name].fill_null(0).to_numpy().astype(np.float64)
-        for name in movies.statistics.columns
-    }
-    average = counts["global_share"]
-    user_share = _share(counts, "user", _STRENGTH)
-    film = log_odds(_share(counts, "item", _FILM_STRENGTH))
-    member = log_odds(_share(counts, "user", _MEMBER_STRENGTH))
-    return {
-        "expected_like_share": 1 / (1 + np.exp(log_odds(average) - film - member)),
-        "num_raters": counts["item_count"],
-        "like_share": _share(counts, "item", _STRENGTH),
-        "num_ratings": counts["user_count"],
-        "user_like_share": user_share,
-        "num_genre_ratings": counts["user_genre_count"],
-        "genre_like_share": smoothed_share(
-            counts["user_genre_likes"],
-            counts["user_genre_count"],
-            prior=user_share,
-            strength=_STRENGTH,
-        ),
-    }
-
-
-def _share(counts: Mapping[str, Floats], of: str, strength: float) -> Floats:
-    return smoothed_share(
-        counts[f"{of}_likes"],
-        counts[f"{of}_count"],
-        prior=counts["global_share"],
-        strength=strength,
-    )
-
-
 def _example(
     movies: MovieRows,
-    columns: Mapping[str, Floats],
     indices: list[int],
     random: np.random.Generator | None,
     smoothing: float,
+    is_new: bool,
 ) -> TrainingExample:
     first = indices[0]
     time = int(movies.rows["timestamp"][first])
-    profile: dict[str, Value] = {"num_ratings": int(columns["num_ratings"][first])}
-    if profile["num_ratings"]:
-        profile["like_share"] = float(columns["user_like_share"][first])
     if random is not None:
         indices = [indices[place] for place in random.permutation(len(indices))]
     known = "label" in movies.rows.columns
     items = movies.rows["item_id"]
+    expected = "taught_film_share" if is_new else "taught_share"
     return TrainingExample(
         request=ScoreRequest(
             task=TASK,
             time=float(time),
-            profile=profile,
+            profile=_profile(movies, first, is_new),
             history=tuple(
-                Event(
-                    item=Item(fields=movies.films[film]),
-                    action="liked" if liked else "disliked",
-                    time=float(when),
-                )
-                for film, liked, when in movies.history(first)
+                Event(item=Item(fields=movies.films[film]), action="liked", time=float(when))
+                for film, when in movies.history(first)
             ),
             candidates=tuple(
-                Item(id=str(index), fields=film_fields(movies.films[items[index]], columns, index))
+                Item(id=str(index), fields=_candidate(movies, items[index], index, is_new))
                 for index in indices
             ),
         ),
         labels=tuple(
-            _label(
-                int(movies.rows["label"][index]), columns["expected_like_share"][index], smoothing
-            )
+            _label(int(movies.rows["label"][index]), movies.numbers[expected][index], smoothing)
             if known
             else None
             for index in indices
         ),
     )
+
+
+def _profile(movies: MovieRows, index: int, is_new: bool) -> dict[str, Value]:
+    fields = _numbers_of(movies, _PROFILE_FIELDS, index, is_new)
+    if "member_like_share" in fields:
+        fields["like_share"] = fields.pop("member_like_share")
+    return {"num_ratings": 0, **fields}
+
+
+def _candidate(movies: MovieRows, film: int, index: int, is_new: bool) -> dict[str, Value]:
+    fields: dict[str, Value] = dict(movies.films[film])
+    fields |= _numbers_of(movies, _CANDIDATE_FIELDS, index, is_new)
+    if is_new:
+        fields["expected_like_share"] = float(movies.numbers["film_share"][index])
+    if not fields["num_raters"]:
+        del fields["num_raters"]
+    return fields
+
+
+def _numbers_of(
+    movies: MovieRows, names: Sequence[str], index: int, is_new: bool
+) -> dict[str, Value]:
+    """Take the numbers of a row that are known."""
+    found: dict[str, Value] = {}
+    for name in names:
+        value = float(movies.numbers[name][index])
+        if not np.isnan(value) and not (is_new and name in _MEMBER_FIELDS):
+            found[name] = int(value) if name.startswith("num_") else value
+    return found
 
 
 def _label(liked: int, expected: float, smoothing: float) -> str | dict[str, float]:
@@ -295,46 +368,12 @@ def _label(liked: int, expected: float, smoothing: float) -> str | dict[str, flo
     return {"Yes": share, "No": 1 - share}
 
 
-def _forget(example: TrainingExample, share: float, random: np.random.Generator) -> TrainingExample:
-    request = example.request
-    kept = random.random(len(request.history)) >= random.uniform(0, share)
-    return replace(
-        example,
-        request=replace(
-            request,
-            history=tuple(
-                replace(event, item=_untitle(event.item, share, random))
-                for event, keep in zip(request.history, kept, strict=True)
-                if keep
-            ),
-            candidates=tuple(_untitle(film, share, random) for film in request.candidates),
-        ),
-    )
-
-
-def _untitle(film: Item, share: float, random: np.random.Generator) -> Item:
-    if random.random() >= share:
-        return film
-    year = re.search(r"\(\d{4}\)$", str(film.fields["title"]))
-    return replace(
-        film, fields={**film.fields, "title": f"untitled {year.group() if year else ''}"}
-    )
-
-
-def film_fields(
-    film: Mapping[str, Value], columns: Mapping[str, Floats], index: int
-) -> dict[str, Value]:
-    """Everything that the task says of a candidate; shares of nobody are left out."""
-    fields: dict[str, Value] = dict(film)
-    fields["expected_like_share"] = float(columns["expected_like_share"][index])
-    if columns["num_raters"][index]:
-        fields["num_raters"] = int(columns["num_raters"][index])
-        fields["like_share"] = float(columns["like_share"][index])
-    if columns["num_genre_ratings"][index]:
-        fields["genre_like_share"] = float(columns["genre_like_share"][index])
-    return fields
-
-
 def _genres(fields: Mapping[str, Value]) -> list[str]:
     genres = fields.get("genres")
     return genres if isinstance(genres, list) else []
+
+
+def _year(fields: Mapping[str, Value]) -> float | None:
+    """The year at a title's end."""
+    found = re.search(r"\((\d{4})\)\s*$", str(fields["title"]))
+    return float(found.group(1)) if found else None

@@ -16,8 +16,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from rankonce.datasets.statistics import Floats, Ints
 from rankonce.errors import DataError
+from rankonce.prompts.features import Floats, Ints
 
 DAY = 86_400
 # Shares of the time that are train and valid; the rest is test.

@@ -17,12 +17,18 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import polars as pl
-from numpy.typing import NDArray
 
 from rankonce.errors import DataError
+from rankonce.prompts.features import (
+    Ints,
+    PastEvents,
+    Questions,
+    genre_rates,
+    item_rates,
+    member_rates,
+    overall_share,
+)
 
-Ints = NDArray[np.int64]
-Floats = NDArray[np.float64]
 GenresByItem = Mapping[int, Sequence[str]]
 
 
@@ -56,103 +62,64 @@ def statistics_from(
     Raises:
         DataError: a column is missing or holds something else.
     """
-    users, items, moments = (read_whole_numbers(train, name) for name in _KEYS)
-    likes = read_labels(train)
-    row_users, row_items, row_moments = (read_whole_numbers(rows, name) for name in _KEYS)
-
-    item_count, item_likes = count_before(items, moments, likes, row_items, row_moments)
-    user_count, user_likes = count_before(users, moments, likes, row_users, row_moments)
-    all_count, all_likes = count_before(
-        np.zeros_like(items), moments, likes, np.zeros_like(row_items), row_moments
-    )
-    genre_count: Floats | None = None
-    genre_likes: Floats | None = None
+    past, asked = read_past(train), read_questions(rows)
+    item, member = item_rates(past, asked), member_rates(past, asked)
+    columns = {
+        "item_count": item.counts.astype(np.int64),
+        "item_likes": item.likes.astype(np.int64),
+        "user_count": member.counts.astype(np.int64),
+        "user_likes": member.likes.astype(np.int64),
+        "global_share": overall_share(past, asked),
+        "user_genre_count": None,
+        "user_genre_likes": None,
+    }
     if genres_by_item is not None:
-        codes = {name: code for code, name in enumerate(_genre_names(genres_by_item))}
-        parents, genres = _explode_genres(items, genres_by_item, codes)
-        row_parents, row_genres = _explode_genres(row_items, genres_by_item, codes)
-        # Small numbers for the users: any 64-bit id times the genres must not overflow.
-        _, user_codes = np.unique(np.concatenate([users, row_users]), return_inverse=True)
-        user_codes *= len(codes)
-        counts = count_before(
-            user_codes[: len(users)][parents] + genres,
-            moments[parents],
-            likes[parents],
-            user_codes[len(users) :][row_parents] + row_genres,
-            row_moments[row_parents],
-        )
-        genre_count, genre_likes = (_mean_by_row(row_parents, c, rows.height) for c in counts)
+        genre = genre_rates(past, asked, genres_by_item=genres_by_item)
+        columns |= {"user_genre_count": genre.counts, "user_genre_likes": genre.likes}
     return pl.DataFrame(
-        {
-            "item_count": item_count,
-            "item_likes": item_likes,
-            "user_count": user_count,
-            "user_likes": user_likes,
-            "global_share": smoothed_share(all_likes, all_count, prior=0.5, strength=2.0),
-            "user_genre_count": genre_count,
-            "user_genre_likes": genre_likes,
-        },
+        columns,
         schema_overrides={"user_genre_count": pl.Float64, "user_genre_likes": pl.Float64},
         nan_to_null=True,
     )
 
 
-def smoothed_share(
-    likes: Ints | Floats, count: Ints | Floats, *, prior: float | Floats, strength: float
-) -> Floats:
-    """Shrink a like share towards a prior: (likes + strength * prior) / (count + strength).
-
-    Args:
-        likes, count: arrays of one shape, likes ≤ count.
-        prior: the share before any row, one number or one a row.
-        strength: how many rows the prior is worth; above 0, else an empty count has no share.
+def read_past(rows: pl.DataFrame) -> PastEvents:
+    """Take rows with labels as known events, with their histories where there are any.
 
     Raises:
-        DataError: the strength is not above 0.
+        DataError: a column is missing or holds something else.
     """
-    if not strength > 0:
-        raise DataError(f"strength: should be above 0, not {strength}")
-    prior_likes = strength * np.asarray(prior, dtype=np.float64)
-    share: Floats = (likes.astype(np.float64) + prior_likes) / (count.astype(np.float64) + strength)
-    return share
+    members, items, moments = (read_whole_numbers(rows, name) for name in _KEYS)
+    return PastEvents(
+        members=members,
+        items=items,
+        moments=moments,
+        likes=read_labels(rows),
+        histories=_read_histories(rows),
+    )
 
 
-def log_odds(share: Floats) -> Floats:
-    """Turn shares in (0, 1) into log(share / (1 - share))."""
-    odds: Floats = np.log(share) - np.log1p(-share)
-    return odds
+def read_questions(rows: pl.DataFrame) -> Questions:
+    """Take rows as questions; a label is not read.
 
-
-def count_before(
-    keys: Ints, moments: Ints, likes: Ints, query_keys: Ints, query_moments: Ints
-) -> tuple[Ints, Ints]:
-    """Count for every query the events of its key at strictly earlier moments.
-
-    Args:
-        keys, moments, likes: key, time and 0 or 1 of each event, in any order.
-        query_keys, query_moments: key and time of each query.
-
-    Returns:
-        The events of each query and the sum of their likes.
+    Raises:
+        DataError: a column is missing or holds something else.
     """
-    if not len(keys) or not len(query_keys):
-        return np.zeros_like(query_keys), np.zeros_like(query_keys)
-    # One sorted number for (key, rank of the moment) makes every query two binary searches.
-    known_keys, key_codes = np.unique(keys, return_inverse=True)
-    known_moments, ranks = np.unique(moments, return_inverse=True)
-    stride = len(known_moments) + 1
-    addresses = key_codes * stride + ranks
-    order = np.argsort(addresses, kind="stable")
-    addresses = addresses[order]
-    likes_until = np.concatenate([[0], np.cumsum(likes[order])])
+    members, items, moments = (read_whole_numbers(rows, name) for name in _KEYS)
+    return Questions(members=members, items=items, moments=moments, histories=_read_histories(rows))
 
-    query_codes = np.searchsorted(known_keys, query_keys)
-    unknown = known_keys[np.minimum(query_codes, len(known_keys) - 1)] != query_keys
-    start = np.searchsorted(addresses, query_codes * stride)
-    # searchsorted's left side gives the number of known moments strictly before the query.
-    until = np.searchsorted(known_moments, query_moments)
-    end = np.where(unknown, start, np.searchsorted(addresses, query_codes * stride + until))
-    return end - start, likes_until[end] - likes_until[start]
+
+def _read_histories(rows: pl.DataFrame) -> list[list[int]] | None:
+    if "history_ids" not in rows.columns:
+        return None
+    histories = rows["history_ids"]
+    inner = getattr(histories.dtype, "inner", None)
+    if inner is None or not (inner.is_integer() or inner == pl.Null) or histories.null_count():
+        raise DataError(f"history_ids: should be lists of whole numbers, are {histories.dtype}")
+    lists: list[list[int]] = histories.to_list()
+    if histories.list.drop_nulls().list.len().sum() < histories.list.len().sum():
+        raise DataError("history_ids: should hold whole numbers without nulls")
+    return lists
 
 
 def read_whole_numbers(rows: pl.DataFrame, name: str) -> Ints:
@@ -181,22 +148,3 @@ def read_labels(rows: pl.DataFrame) -> Ints:
 
 
 _KEYS = ("user_id", "item_id", "timestamp")
-
-
-def _genre_names(genres_by_item: GenresByItem) -> list[str]:
-    return sorted({name for names in genres_by_item.values() for name in names})
-
-
-def _explode_genres(
-    items: Ints, genres_by_item: GenresByItem, codes: Mapping[str, int]
-) -> tuple[Ints, Ints]:
-    """Give (index of the row, code of the genre) for every genre of every row's item."""
-    names = [genres_by_item.get(item, ()) for item in items.tolist()]
-    parents = np.repeat(np.arange(len(names)), [len(row) for row in names])
-    return parents, np.array([codes[name] for row in names for name in row], dtype=np.int64)
-
-
-def _mean_by_row(parents: Ints, values: Ints, num_rows: int) -> Floats:
-    total = np.bincount(parents, weights=values, minlength=num_rows)
-    count = np.bincount(parents, minlength=num_rows)
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)

@@ -10,17 +10,9 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from rankonce.datasets.statistics import (
-    Floats,
-    Ints,
-    count_before,
-    log_odds,
-    read_labels,
-    read_whole_numbers,
-    smoothed_share,
-    statistics_from,
-)
+from rankonce.datasets.statistics import read_labels, read_whole_numbers, statistics_from
 from rankonce.errors import DataError
+from rankonce.prompts.features import Floats, Ints, count_before, log_odds, smoothed_share
 
 # Rows that a prior is worth: about where log-loss on the latest train rows is flat.
 _ITEM_STRENGTH, _USER_STRENGTH, _PAIR_STRENGTH = 5.0, 10.0, 10.0

@@ -14,17 +14,11 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from rankonce.datasets.statistics import (
-    Floats,
-    log_odds,
-    read_labels,
-    read_whole_numbers,
-    smoothed_share,
-    statistics_from,
-)
+from rankonce.datasets.statistics import read_labels, read_whole_numbers, statistics_from
 from rankonce.errors import DataError, MissingDependencyError
 from rankonce.evaluation.baseline_features import past_features
 from rankonce.evaluation.metrics import log_loss
+from rankonce.prompts.features import Floats, log_odds, smoothed_share
 
 Baseline = Callable[[pl.DataFrame, pl.DataFrame, pl.DataFrame], Floats]
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from rankonce.datasets.statistics import Floats
 from rankonce.errors import DataError, MissingDependencyError
 from rankonce.evaluation.report import EvaluationRow
+from rankonce.prompts.features import Floats
 
 _NUM_BINS = 10
 _FORMATS = (".png", ".svg", ".pdf")

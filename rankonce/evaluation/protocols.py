@@ -7,7 +7,7 @@ import numpy as np
 import polars as pl
 
 from rankonce.datasets.movielens import MovieRows, movie_examples, movie_rows
-from rankonce.datasets.statistics import Floats, read_labels, read_whole_numbers
+from rankonce.datasets.statistics import read_labels, read_whole_numbers
 from rankonce.errors import DataError
 from rankonce.evaluation.baselines import BASELINES
 from rankonce.evaluation.metrics import (
@@ -17,6 +17,7 @@ from rankonce.evaluation.metrics import (
     paired_bootstrap_over_members,
 )
 from rankonce.evaluation.report import EvaluationRow
+from rankonce.prompts.features import Floats
 from rankonce.ranker import Ranker
 
 _METRICS = (

@@ -1,147 +1,368 @@
-"""Values become words: text, lists, counts, shares, percentiles, ages and numbers in buckets.
+"""What a prompt says of members and items in numbers, each computed only from the past.
 
-Numbers are put into buckets before they are spelled, so that a model meets the same few words
-often instead of every number once.
+Every function takes the events that are known and R questions, a member and an item at a moment,
+and looks at strictly earlier events only ("prequential": A. P. Dawid, 1984): neither the answer to
+a question nor anything of the same second can reach it. ``prompts.spelling`` makes words of the
+numbers.
 """
 
-import math
-from bisect import bisect_right
-from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+import numpy as np
+from numpy.typing import NDArray
 
-from rankonce.errors import RequestError
+from rankonce.errors import DataError
 
-# Exact while they are small and then the 1-2-5 series, as people round.
-COUNT_BUCKETS = (
-    *range(11), 15, 20, 30, 50, 70, 100, 150, 200, 300, 500, 700,
-    1_000, 2_000, 5_000, 10_000, 20_000, 50_000, 100_000, 1_000_000,
-)  # fmt: skip
-_AGES = ((31_536_000, "year"), (2_592_000, "month"), (604_800, "week"), (86_400, "day"),
-         (3_600, "hour"), (60, "minute"))  # fmt: skip
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+WEEK, MONTH = 7 * 86_400, 30 * 86_400
+# Events that a prior is worth where an affinity is shrunk.
+_AFFINITY_STRENGTH = 10.0
 
 
-class FieldSpec(BaseModel):
-    """How one field of a task is read and spelled.
+@dataclass(frozen=True, kw_only=True)
+class PastEvents:
+    """N events that are known, in any order.
 
     Attributes:
-        type: ``text`` as it is, ``list`` joined by commas, ``count`` rounded down to a bucket,
-            ``share`` (0..1) as a percentage, ``percentile`` (0..100) as "top 5 %", ``age`` in
-            seconds as "2 days ago", ``number`` as the word of its bucket.
-        required: an item without it is refused.
-        buckets: ascending lower bounds; a value takes the last bound that it reaches. For a
-            ``share`` the bounds are shares; without any, it is rounded to steps.
-        step: bucket width of a ``share`` without buckets.
-        words: one word a bucket, for ``number``: one more than there are buckets.
-        impute_from: another field of the same part whose value stands in when this one is missing.
-        description: what the field means, for people.
+        members, items: any whole numbers.
+        moments: in Unix seconds.
+        likes: 1 where the member liked the item, else 0.
+        histories: for each event what the member had liked before it, where that is known.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    type: Literal["text", "list", "count", "share", "percentile", "age", "number"] = "text"
-    required: bool = False
-    buckets: tuple[float, ...] = ()
-    step: Annotated[float, Field(ge=0.01, le=0.5)] = 0.05
-    words: tuple[str, ...] = ()
-    impute_from: str | None = None
-    description: str = ""
-
-    @model_validator(mode="after")
-    def _check_buckets(self) -> "FieldSpec":
-        if list(self.buckets) != sorted(set(self.buckets)):
-            raise ValueError("buckets should ascend without repeats")
-        if self.type == "number" and len(self.words) != len(self.buckets) + 1:
-            raise ValueError("words should hold one word more than there are buckets")
-        if any(not word or word[0].isspace() for word in self.words):
-            raise ValueError("words should not be empty or begin with white space")
-        if self.words and self.type != "number":
-            raise ValueError(f"words belong to type number, not {self.type}")
-        if self.buckets and self.type in ("text", "list", "age"):
-            raise ValueError(f"buckets do not belong to type {self.type}")
-        return self
+    members: Ints
+    items: Ints
+    moments: Ints
+    likes: Ints
+    histories: Sequence[Sequence[int]] | None = None
 
 
-def spell(value: Any, spec: FieldSpec, *, path: str) -> str:
-    """Turn a value into words.
+@dataclass(frozen=True, kw_only=True)
+class Questions:
+    """R members and items at a moment.
+
+    Attributes:
+        histories: for each question what the member had liked before it.
+    """
+
+    members: Ints
+    items: Ints
+    moments: Ints
+    histories: Sequence[Sequence[int]] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """How often something happened and how often it was liked, R numbers each."""
+
+    counts: Floats
+    likes: Floats
+
+    def share(self, *, prior: float | Floats, strength: float) -> Floats:
+        """Shrink the share of likes towards a prior that is worth ``strength`` events."""
+        return smoothed_share(self.likes, self.counts, prior=prior, strength=strength)
+
+
+def item_rates(past: PastEvents, asked: Questions) -> Rates:
+    """Count the events of each question's item, and its likes."""
+    return _rates(past.items, past, asked.items, asked)
+
+
+def member_rates(past: PastEvents, asked: Questions) -> Rates:
+    """Count the events of each question's member, and the likes."""
+    return _rates(past.members, past, asked.members, asked)
+
+
+def overall_share(past: PastEvents, asked: Questions) -> Floats:
+    """Share of likes among all events before each question, (likes + 1) / (events + 2)."""
+    rates = _rates(np.zeros_like(past.items), past, np.zeros_like(asked.items), asked)
+    return rates.share(prior=0.5, strength=2.0)
+
+
+def expected_share(
+    item: Rates, member: Rates, *, overall: Floats, item_strength: float, member_strength: float
+) -> Floats:
+    """What the averages of item and member together lead one to expect.
+
+    Log-odds = item + member - all: both deviations from the mean count in full.
+    """
+    total = log_odds(item.share(prior=overall, strength=item_strength))
+    total = total + log_odds(member.share(prior=overall, strength=member_strength))
+    share: Floats = 1 / (1 + np.exp(log_odds(overall) - total))
+    return share
+
+
+def popularity_percentile(past: PastEvents, asked: Questions, *, period_s: int) -> Floats:
+    """Percentile (0..100) of each item's events in a whole period before the question.
+
+    Periods follow one another from the epoch on. A question looks at the last one that ended before
+    its own began and in which anything happened; items with an event in it are ranked, one without
+    has percentile 0 (PrepRec: Wang et al. 2024, by month and by week). nan before the first period.
 
     Args:
-        path: where the value stands in the request, for the error.
+        period_s: length of a period, ``MONTH`` or ``WEEK``.
 
     Raises:
-        RequestError: the value is not what the field's type takes.
+        DataError: the period is not above 0.
     """
-    return _SPELLERS[spec.type](value, spec, path)
+    if period_s <= 0:
+        raise DataError(f"period_s: should be above 0, is {period_s}")
+    periods = past.moments // period_s
+    known = np.unique(periods)
+    places = np.searchsorted(known, asked.moments // period_s) - 1
+    percentiles = np.full(len(places), np.nan)
+    for place in np.unique(places[places >= 0]):
+        items, counts = np.unique(past.items[periods == known[place]], return_counts=True)
+        of = places == place
+        found = np.minimum(np.searchsorted(items, asked.items[of]), len(items) - 1)
+        own = np.where(items[found] == asked.items[of], counts[found], 0)
+        below = np.searchsorted(np.sort(counts), own)
+        percentiles[of] = 100.0 * below / len(items)
+    return percentiles
 
 
-def spell_age(seconds: float) -> str:
-    """Say how long ago something was, in the largest whole unit: ``2 days ago``."""
-    for unit_seconds, unit in _AGES:
-        if seconds >= unit_seconds:
-            count = int(seconds // unit_seconds)
-            return f"{count} {unit}{'s' if count > 1 else ''} ago"
-    return "just now"
+def recency(past: PastEvents, asked: Questions) -> Floats:
+    """Seconds since the item's last event, nan where there was none."""
+    counts, _ = count_before(past.items, past.moments, past.likes, asked.items, asked.moments)
+    order = np.lexsort((past.moments, past.items))
+    items, moments = past.items[order], past.moments[order]
+    # An item's events stand together in the order of time: the last one before the question is
+    # as many places behind the first as there are earlier ones.
+    last = np.searchsorted(items, asked.items) + counts - 1
+    known = counts > 0
+    since = np.full(len(asked.items), np.nan)
+    since[known] = asked.moments[known] - moments[last[known]]
+    return since
 
 
-def _text(value: Any, spec: FieldSpec, path: str) -> str:
-    if isinstance(value, list | bool) or value is None:
-        raise RequestError(f"{path}: should be text, is {type(value).__name__}")
-    # One line a value: text from outside cannot open a line of its own in the prompt.
-    text = " ".join(str(value).split())
-    if not text:
-        raise RequestError(f"{path}: should be text, is empty")
-    return text
+def genre_rates(
+    past: PastEvents, asked: Questions, *, genres_by_item: Mapping[int, Sequence[str]]
+) -> Rates:
+    """Count the member's events with a genre of the item, mean over its genres.
+
+    nan where the item has no known genre.
+    """
+    codes = {
+        g: code for code, g in enumerate(sorted({g for v in genres_by_item.values() for g in v}))
+    }
+    parents, genres = _explode_genres(past.items, genres_by_item, codes)
+    asked_parents, asked_genres = _explode_genres(asked.items, genres_by_item, codes)
+    # Small numbers for the members: any 64-bit id times the genres must not overflow.
+    _, members = np.unique(np.concatenate([past.members, asked.members]), return_inverse=True)
+    members = members.astype(np.int64) * len(codes)
+    counts = count_before(
+        members[: len(past.members)][parents] + genres,
+        past.moments[parents],
+        past.likes[parents],
+        members[len(past.members) :][asked_parents] + asked_genres,
+        asked.moments[asked_parents],
+    )
+    mean = [_mean_by_row(asked_parents, c, len(asked.items)) for c in counts]
+    return Rates(counts=mean[0], likes=mean[1])
 
 
-def _list(value: Any, spec: FieldSpec, path: str) -> str:
-    parts = value if isinstance(value, list) else [value]
-    return ", ".join(_text(part, spec, path) for part in parts) if parts else "none"
+def genre_affinity(genre: Rates, member: Rates, *, overall: Floats) -> Floats:
+    """How much more (above 0) or less the member likes the item's genres than films at large.
+
+    The difference of two shrunken shares, in -1..1; 0 where nothing is known of the genres.
+    """
+    usual = member.share(prior=overall, strength=_AFFINITY_STRENGTH)
+    counts, likes = (np.nan_to_num(values) for values in (genre.counts, genre.likes))
+    share = smoothed_share(likes, counts, prior=usual, strength=_AFFINITY_STRENGTH)
+    return share - usual
 
 
-def _number(value: Any, path: str, low: float = -math.inf, high: float = math.inf) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise RequestError(f"{path}: should be a number, is {value!r}")
-    if not low <= value <= high:
-        raise RequestError(f"{path}: should lie between {low:g} and {high:g}, is {value:g}")
-    return float(value)
+@dataclass(frozen=True, kw_only=True)
+class Neighbours:
+    """What members who liked the same as the one who asks did with the item, R numbers each.
+
+    Attributes:
+        counts: events of the item by members who had liked a film of the history before.
+        likes: the liked ones among these.
+        co_likes: members who liked the item and a film of the history, in either order.
+        mean_cosine, max_cosine: co-likes of the item and a film of the history against the
+            popularity of both, over the history; 0 without a history.
+    """
+
+    counts: Floats
+    likes: Floats
+    co_likes: Floats
+    mean_cosine: Floats
+    max_cosine: Floats
 
 
-def _bucket(value: float, bounds: tuple[float, ...]) -> float:
-    return bounds[max(0, bisect_right(bounds, value) - 1)]
+def co_liked_neighbours(past: PastEvents, asked: Questions) -> Neighbours:
+    """Compare each item with what the member had liked, by who else liked both.
+
+    A co-like counts when both likes lie before the question.
+
+    Raises:
+        DataError: histories are missing.
+    """
+    if past.histories is None or asked.histories is None:
+        raise DataError("histories: should be given for the events and for the questions")
+    num = len(asked.items)
+    rows, liked = _explode(asked.histories)
+    known_rows, known_liked = _explode(past.histories)
+    _, codes = np.unique(
+        np.concatenate([past.items, asked.items, liked, known_liked]), return_inverse=True
+    )
+    cuts = np.cumsum([len(past.items), num, len(liked)])
+    past_codes, asked_codes, liked_codes, known_codes = np.split(codes.astype(np.int64), cuts)
+    width = int(codes.max(initial=0)) + 1
+    queries = liked_codes * width + asked_codes[rows]
+    moments = asked.moments[rows]
+    known_moments, labels = past.moments[known_rows], past.likes[known_rows]
+    rated, likes = count_before(
+        known_codes * width + past_codes[known_rows], known_moments, labels, queries, moments
+    )
+    is_like = labels == 1
+    reverse, _ = count_before(
+        (past_codes[known_rows] * width + known_codes)[is_like],
+        known_moments[is_like],
+        labels[is_like],
+        queries,
+        moments,
+    )
+    _, of_item = count_before(past_codes, past.moments, past.likes, asked_codes, asked.moments)
+    _, of_liked = count_before(past_codes, past.moments, past.likes, liked_codes, moments)
+    cosine = (likes + reverse) / np.sqrt((of_liked + 1.0) * (of_item[rows] + 1.0))
+    largest = np.zeros(num)
+    np.maximum.at(largest, rows, cosine)
+    return Neighbours(
+        counts=_sum_by_row(rows, rated, num),
+        likes=_sum_by_row(rows, likes, num),
+        co_likes=_sum_by_row(rows, likes + reverse, num),
+        mean_cosine=np.nan_to_num(_mean_by_row(rows, cosine, num)),
+        max_cosine=largest,
+    )
 
 
-def _count(value: Any, spec: FieldSpec, path: str) -> str:
-    bound = _bucket(_number(value, path, low=0), spec.buckets or COUNT_BUCKETS)
-    return f"{bound:.0f}"
+def history_share(
+    past: PastEvents, asked: Questions, *, newest: int | None = None, strength: float = 5.0
+) -> Floats:
+    """How well others like what the member had liked: mean like share, nan without a history.
+
+    Args:
+        newest: look at so many of the newest films of the history only.
+        strength: events that the overall share is worth in each film's share.
+
+    Raises:
+        DataError: histories are missing.
+    """
+    if asked.histories is None:
+        raise DataError("histories: should be given for the questions")
+    histories = asked.histories if newest is None else [h[-newest:] for h in asked.histories]
+    rows, liked = _explode(histories)
+    moments = asked.moments[rows]
+    counts = count_before(past.items, past.moments, past.likes, liked, moments)
+    shares = smoothed_share(
+        counts[1], counts[0], prior=overall_share(past, asked)[rows], strength=strength
+    )
+    return _mean_by_row(rows, shares, len(asked.items))
 
 
-def _share(value: Any, spec: FieldSpec, path: str) -> str:
-    share = _number(value, path, low=0, high=1)
-    rounded = _bucket(share, spec.buckets) if spec.buckets else round(share / spec.step) * spec.step
-    return f"{100 * min(rounded, 1.0):.0f} %"
+def mean_of_history(asked: Questions, values: Mapping[int, float]) -> Floats:
+    """Mean of a number of the films that the member had liked, as their years; nan without any.
+
+    Raises:
+        DataError: histories are missing.
+    """
+    if asked.histories is None:
+        raise DataError("histories: should be given for the questions")
+    rows, liked = _explode(asked.histories)
+    numbers = np.array([values.get(item, np.nan) for item in liked.tolist()], dtype=np.float64)
+    known = ~np.isnan(numbers)
+    return _mean_by_row(rows[known], numbers[known], len(asked.items))
 
 
-def _percentile(value: Any, spec: FieldSpec, path: str) -> str:
-    percentile = _number(value, path, low=0, high=100)
-    top = 100 - _bucket(percentile, spec.buckets or (0, 25, 50, 75, 90, 95, 99))
-    return "bottom quarter" if top == 100 and not spec.buckets else f"top {top:.0f} %"
+def smoothed_share(
+    likes: Ints | Floats, count: Ints | Floats, *, prior: float | Floats, strength: float
+) -> Floats:
+    """Shrink a like share towards a prior: (likes + strength * prior) / (count + strength).
+
+    Args:
+        likes, count: arrays of one shape, likes ≤ count.
+        prior: the share before any row, one number or one a row.
+        strength: how many rows the prior is worth; above 0, else an empty count has no share.
+
+    Raises:
+        DataError: the strength is not above 0.
+    """
+    if not strength > 0:
+        raise DataError(f"strength: should be above 0, not {strength}")
+    prior_likes = strength * np.asarray(prior, dtype=np.float64)
+    share: Floats = (likes.astype(np.float64) + prior_likes) / (count.astype(np.float64) + strength)
+    return share
 
 
-def _age(value: Any, spec: FieldSpec, path: str) -> str:
-    return spell_age(_number(value, path, low=0))
+def log_odds(share: Floats) -> Floats:
+    """Turn shares in (0, 1) into log(share / (1 - share))."""
+    odds: Floats = np.log(share) - np.log1p(-share)
+    return odds
 
 
-def _words(value: Any, spec: FieldSpec, path: str) -> str:
-    return spec.words[bisect_right(spec.buckets, _number(value, path))]
+def count_before(
+    keys: Ints, moments: Ints, likes: Ints, query_keys: Ints, query_moments: Ints
+) -> tuple[Ints, Ints]:
+    """Count for every query the events of its key at strictly earlier moments.
+
+    Args:
+        keys, moments, likes: key, time and 0 or 1 of each event, in any order.
+        query_keys, query_moments: key and time of each query.
+
+    Returns:
+        The events of each query and the sum of their likes.
+    """
+    if not len(keys) or not len(query_keys):
+        return np.zeros_like(query_keys), np.zeros_like(query_keys)
+    # One sorted number for (key, rank of the moment) makes every query two binary searches.
+    known_keys, key_codes = np.unique(keys, return_inverse=True)
+    known_moments, ranks = np.unique(moments, return_inverse=True)
+    stride = len(known_moments) + 1
+    addresses = key_codes * stride + ranks
+    order = np.argsort(addresses, kind="stable")
+    addresses = addresses[order]
+    likes_until = np.concatenate([[0], np.cumsum(likes[order])])
+
+    query_codes = np.searchsorted(known_keys, query_keys)
+    unknown = known_keys[np.minimum(query_codes, len(known_keys) - 1)] != query_keys
+    start = np.searchsorted(addresses, query_codes * stride)
+    # searchsorted's left side gives the number of known moments strictly before the query.
+    until = np.searchsorted(known_moments, query_moments)
+    end = np.where(unknown, start, np.searchsorted(addresses, query_codes * stride + until))
+    return end - start, likes_until[end] - likes_until[start]
 
 
-_SPELLERS: dict[str, Callable[[Any, FieldSpec, str], str]] = {
-    "text": _text,
-    "list": _list,
-    "count": _count,
-    "share": _share,
-    "percentile": _percentile,
-    "age": _age,
-    "number": _words,
-}
+def _rates(keys: Ints, past: PastEvents, asked_keys: Ints, asked: Questions) -> Rates:
+    counts, likes = count_before(keys, past.moments, past.likes, asked_keys, asked.moments)
+    return Rates(counts=counts.astype(np.float64), likes=likes.astype(np.float64))
+
+
+def _explode(histories: Sequence[Sequence[int]]) -> tuple[Ints, Ints]:
+    """Give (index of the row, item) for every item of every history."""
+    lengths = [len(history) for history in histories]
+    items = [item for history in histories for item in history]
+    return np.repeat(np.arange(len(lengths)), lengths), np.array(items, dtype=np.int64)
+
+
+def _explode_genres(
+    items: Ints, genres_by_item: Mapping[int, Sequence[str]], codes: Mapping[str, int]
+) -> tuple[Ints, Ints]:
+    """Give (index of the row, code of the genre) for every genre of every row's item."""
+    names = [genres_by_item.get(item, ()) for item in items.tolist()]
+    parents = np.repeat(np.arange(len(names)), [len(row) for row in names])
+    return parents, np.array([codes[name] for row in names for name in row], dtype=np.int64)
+
+
+def _sum_by_row(rows: Ints, values: Ints, num_rows: int) -> Floats:
+    return np.bincount(rows, values, minlength=num_rows).astype(np.float64)
+
+
+def _mean_by_row(rows: Ints, values: Ints | Floats, num_rows: int) -> Floats:
+    total = np.bincount(rows, weights=values, minlength=num_rows)
+    count = np.bincount(rows, minlength=num_rows)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from rankonce.errors import PromptTooLongError, RequestError
 from rankonce.layout import TokenizedRequest
 from rankonce.prompts.encoding import TextEncoder
-from rankonce.prompts.features import spell, spell_age
 from rankonce.prompts.history import choose_events
 from rankonce.prompts.labels import resolve_labels
+from rankonce.prompts.spelling import spell, spell_age
 from rankonce.prompts.tasks import Lines, Task, field_names
 from rankonce.records import Event, HistoryReport, ScoreRequest, Value
 

@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from rankonce.errors import TaskError
-from rankonce.prompts.features import FieldSpec
+from rankonce.prompts.spelling import FieldSpec
 from rankonce.records import describe_faults
 
 EVENT_FIELDS = ("action", "age")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,21 +10,32 @@ import numpy as np
 import polars as pl
 
 from rankonce.datasets.ml_small import add_passed_over, read_ml_small, split_each_member
-from rankonce.datasets.movielens import movie_examples, movie_rows, read_rows
+from rankonce.datasets.movielens import movie_examples, movie_rows, read_films, read_rows
 from rankonce.datasets.statistics import read_whole_numbers
 from rankonce.errors import TrainingError
 from rankonce.prompts.tasks import Task
 from rankonce.records import TrainingExample
+from rankonce.training.catalogue import (
+    quality_examples,
+    read_catalogue,
+    repeated_quality_examples,
+)
 from rankonce.training.loop import TrainConfig
 from rankonce.training.runs import Evaluate, run_stages
 from rankonce.training.stages import Stage, StageSource, Tasks, fingerprint_files, label_source
 
-# Where in the train rows the present of an epoch may lie.
-_PRESENT_SHARE = (0.2, 0.8)
-# Titles and events that an epoch leaves out: 34,000 labels are learnt by heart otherwise.
-_FORGETTING = 0.8
+# Of the train rows, the first ones that are no examples.
+_FIRST_SHARE = 0.3
+# Examples in which nothing is said of the member but the history: a third of the members that are
+# served later have no rating among the train rows.
+_NEWCOMERS = 0.3
 # Part of a label that is what the averages lead one to expect.
-_SMOOTHING = 0.7
+_SMOOTHING = 0.6
+_CANDIDATES = 24
+# How often an epoch of the catalogue asks of every film.
+_CATALOGUE_TIMES = 10
+# When MovieLens-1M was rated; its members may be in other sets of MovieLens too.
+_ML1M_SINCE, _ML1M_UNTIL = 954_547_200, 1_049_155_200
 # Of every member's rows, the newest.
 HELD_OUT_SHARE = 0.1
 _PASSED_OVER_PER_LIKE = 1
@@ -87,25 +99,47 @@ def _read_setting(name: str, text: str) -> Any:
 
 
 def ml1m() -> Recipe:
-    """MovieLens-1M in CoLLM's split: ``train.parquet``, ``valid.parquet``, ``items.parquet``."""
+    """MovieLens-1M in CoLLM's split: ``train.parquet``, ``valid.parquet``, ``items.parquet``.
+
+    With ratings of another catalogue beside it (``../ml-small``) the ranker first learns by heart
+    how films were liked there.
+    """
     return Recipe(
         name="ml1m",
         description="will the member like the film; MovieLens-1M, CoLLM's split by time",
         stages=(
             Stage(
+                name="catalogue",
+                load=_load_catalogue,
+                config=TrainConfig(
+                    epochs=2, targets_per_step=128, learning_rate=2e-3, averaging=0.98
+                ),
+            ),
+            Stage(
                 name="finetune",
                 load=_load_ml1m,
                 config=TrainConfig(
-                    epochs=4,
+                    epochs=3,
                     targets_per_step=64,
-                    learning_rate=1.5e-3,
+                    learning_rate=1e-3,
                     dropout=0.1,
                     averaging=0.99,
-                    seed=1,
                 ),
             ),
         ),
         size="1m",
+    ).with_seed(1)
+
+
+def ml1m_alone() -> Recipe:
+    """The recipe ``ml1m`` without the other catalogue, to see what that is worth."""
+    whole = ml1m()
+    finetune = replace(whole.stages[-1], load=partial(_load_ml1m, with_catalogue=False))
+    return replace(
+        whole,
+        name="ml1m-alone",
+        description="the same without what another catalogue knows of the films",
+        stages=(finetune,),
     )
 
 
@@ -129,6 +163,7 @@ def ml_small() -> Recipe:
 
 RECIPES: Mapping[str, Callable[[], Recipe]] = {
     "ml1m": ml1m,
+    "ml1m-alone": ml1m_alone,
     "ml-small": ml_small,
 }
 
@@ -156,34 +191,74 @@ def run_recipe(
     )
 
 
-def _load_ml1m(folder: Path, config: TrainConfig, tasks: Tasks) -> StageSource:
-    names = ("train.parquet", "valid.parquet", "items.parquet")
-    train_rows, valid_rows, items = (read_rows(folder / name) for name in names)
-    moments = np.sort(read_whole_numbers(train_rows, "timestamp"))
+def _find_catalogue(folder: Path) -> Path | None:
+    """Another catalogue lies in the folder or beside it."""
+    for place in (folder / "ml-small", folder.parent / "ml-small"):
+        if place.is_dir() and place.resolve() != folder.resolve():
+            return place
+    return None
+
+
+def _load_catalogue(folder: Path, config: TrainConfig, tasks: Tasks) -> StageSource | None:
+    other = _find_catalogue(folder)
+    if other is None:
+        return None
+    catalogue = read_catalogue(other, since=_ML1M_SINCE, until=_ML1M_UNTIL)
 
     def epoch(number: int) -> Iterable[TrainingExample]:
-        # A ranker serves what comes after the statistics that it is told were counted. Every epoch
-        # plays that with another day as the present: the rows after it, as seen from it. Rows
-        # described by statistics of their own day would teach it to trust what it never gets.
+        return repeated_quality_examples(
+            catalogue,
+            candidates_per_example=_CANDIDATES,
+            seed=100 * config.seed + number,
+            times=_CATALOGUE_TIMES,
+        )
+
+    return label_source(
+        epoch,
+        tasks=tasks,
+        fingerprint={
+            f"{other.name}/{key}": value
+            for key, value in fingerprint_files(
+                other / name for name in ("ratings.parquet", "items.parquet")
+            ).items()
+        },
+    )
+
+
+def _load_ml1m(
+    folder: Path, config: TrainConfig, tasks: Tasks, *, with_catalogue: bool = True
+) -> StageSource:
+    names = ("train.parquet", "valid.parquet", "items.parquet")
+    train_rows, valid_rows, items = (read_rows(folder / name) for name in names)
+    other = _find_catalogue(folder) if with_catalogue else None
+    catalogue = None
+    if other is not None:
+        catalogue = read_catalogue(other, since=_ML1M_SINCE, until=_ML1M_UNTIL)
+    priors = catalogue.priors(read_films(items)) if catalogue is not None else {}
+    # The first rows know next to nothing of what was before them, as no row does that is served.
+    start = float(np.quantile(read_whole_numbers(train_rows, "timestamp"), _FIRST_SHARE))
+    movies = movie_rows(
+        train_rows.filter(pl.col("timestamp") >= start), items, train=train_rows, priors=priors
+    )
+
+    def epoch(number: int) -> Iterable[TrainingExample]:
         seed = 1000 * config.seed + number
-        share = np.random.default_rng(seed).uniform(*_PRESENT_SHARE)
-        present = moments[int(share * len(moments))]
-        before = train_rows.filter(pl.col("timestamp") < present)
-        after = train_rows.filter(pl.col("timestamp") >= present)
-        movies = movie_rows(after, items, train=before)
-        return movie_examples(
+        yield from movie_examples(
             movies,
-            candidates_per_example=24,
+            candidates_per_example=_CANDIDATES,
             seed=seed,
-            forgetting=_FORGETTING,
+            newcomers=_NEWCOMERS,
             smoothing=_SMOOTHING,
         )
+        if catalogue is not None:
+            # What was learnt by heart is forgotten if it is not asked again.
+            yield from quality_examples(catalogue, candidates_per_example=_CANDIDATES, seed=seed)
 
     held_out = movie_rows(valid_rows, items, train=train_rows)
     return label_source(
         epoch,
         tasks=tasks,
-        valid=list(movie_examples(held_out, candidates_per_example=24)),
+        valid=list(movie_examples(held_out, candidates_per_example=_CANDIDATES)),
         fingerprint=fingerprint_files(folder / name for name in names),
     )
 

@@ -7,6 +7,7 @@ OUT/stages/2-finetune/   …
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rankonce.errors import TrainingError
 from rankonce.model.loading import load_model
 from rankonce.model.sizes import CONTEXT_TOKENS, build_model
 from rankonce.prompts.encoding import TextEncoder
@@ -26,6 +28,8 @@ from rankonce.training.loop import train
 from rankonce.training.model_card import write_model_card
 from rankonce.training.stages import Stage, StageSource
 from rankonce.training.tokenizer import train_tokenizer
+
+logger = logging.getLogger(__name__)
 
 # Measures a model's folder on labelled requests: metrics by task.
 Evaluate = Callable[[Path, Sequence[TrainingExample]], Mapping[str, Any]]
@@ -58,11 +62,12 @@ def run_stages(
         RankOnceError: the data, the checkpoint or the output folder cannot be used.
     """
     known = {**library_tasks(), **{task.name: task for task in tasks}}
-    sources = [stage.load(data, stage.config, known) for stage in stages]
+    stages, sources, left_out = _load(stages, data, known)
     used = {task.name: task for source in sources for task in source.tasks}
     record = {
         "run": name,
         "config": {stage.name: asdict(stage.config) for stage in stages},
+        "left_out": left_out,
         "tasks": {
             key: hashlib.sha256(task.model_dump_json().encode()).hexdigest()
             for key, task in sorted(used.items())
@@ -105,6 +110,24 @@ def run_stages(
         seconds=60 * sum(one["minutes"] for one in finished),
     )
     write_model_card(out, _folders(out, stages), tasks=sorted(used))
+
+
+def _load(
+    stages: Sequence[Stage], data: Path, tasks: Mapping[str, Task]
+) -> tuple[list[Stage], list[StageSource], list[str]]:
+    """Load the stages' data; give those that have any, and the names of the others."""
+    found: list[tuple[Stage, StageSource]] = []
+    left_out = []
+    for stage in stages:
+        source = stage.load(data, stage.config, tasks)
+        if source is None:
+            left_out.append(stage.name)
+            logger.warning("stage %s is left out: its data are not beside %s", stage.name, data)
+        else:
+            found.append((stage, source))
+    if not found:
+        raise TrainingError(f"stages: should hold one that has data at {data}")
+    return [stage for stage, _ in found], [source for _, source in found], left_out
 
 
 def _folders(out: Path, stages: Sequence[Stage]) -> list[Path]:

@@ -54,11 +54,12 @@ class Stage:
 
     Attributes:
         name: of the stage, once in a recipe: ``pretrain``, ``instruct``, ``finetune`` …
-        load: reads the data from a folder or file.
+        load: reads the data from a folder or file; ``None`` where the stage has none there, so that
+            it is left out.
     """
 
     name: str
-    load: Callable[[Path, TrainConfig, Tasks], StageSource]
+    load: Callable[[Path, TrainConfig, Tasks], StageSource | None]
     config: TrainConfig = field(default_factory=TrainConfig)
 
 

@@ -48,11 +48,11 @@ def examples_of(rows: pl.DataFrame, **options: object) -> list[TrainingExample]:
     return list(movie_examples(movies, candidates_per_example=10, shared_history=False, **options))  # type: ignore[arg-type]
 
 
-def test_a_history_holds_likes_and_dislikes_before_the_row_in_the_order_of_time() -> None:
+def test_a_history_holds_the_likes_before_the_row_in_the_order_of_time() -> None:
     movies = movie_rows(ROWS, ITEMS)
     assert movies.history(0) == []
-    assert movies.history(1) == [(1, True, 10)]
-    assert movies.history(2) == [(1, True, 10), (2, False, 20)]
+    assert movies.history(1) == [(1, 10)]
+    assert movies.history(2) == [(1, 10)]
 
 
 def test_no_later_row_and_no_own_label_changes_a_prompt() -> None:
@@ -149,11 +149,10 @@ def test_real_rows_have_dated_histories_that_end_before_them() -> None:
     movies = movie_rows(valid, items, train=train)
     for index in np.random.default_rng(0).integers(valid.height, size=200).tolist():
         history = movies.history(index)
-        moments = [when for _, _, when in history]
+        moments = [when for _, when in history]
         assert moments == sorted(moments)
         assert all(0 < when <= valid["timestamp"][index] for when in moments)
-        liked = [film for film, is_liked, _ in history if is_liked]
-        assert sorted(liked) == sorted(valid["history_ids"][index])
+        assert [film for film, _ in history] == valid["history_ids"][index].to_list()
 
 
 def test_requests_of_rows_without_labels_have_unknown_labels() -> None:

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 
-from rankonce.datasets.statistics import past_statistics, smoothed_share, statistics_from
+from rankonce.datasets.statistics import past_statistics, statistics_from
 from rankonce.errors import DataError
+from rankonce.prompts.features import smoothed_share
 from tests.conftest import data_folder
 
 GENRES = {0: ["Drama"], 1: ["Drama", "Crime"], 2: [], 3: ["Crime", "Comedy", "Drama"]}

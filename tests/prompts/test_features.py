@@ -1,185 +1,256 @@
-"""Values become words."""
+"""Numbers from the past against slow counts, and the proof that none sees the future."""
 
-import math
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
 
-from rankonce.errors import RequestError
-from rankonce.prompts.features import COUNT_BUCKETS, FieldSpec, spell, spell_age
-
-
-def say(value: Any, **spec: Any) -> str:
-    return spell(value, FieldSpec(**spec), path="candidates[3].fields.name")
-
-
-@pytest.mark.parametrize(
-    ("value", "words"),
-    [
-        ("Heat (1995)", "Heat (1995)"),
-        ("  two\nlines\tand  spaces ", "two lines and spaces"),
-        ("a\u2028b\x0bc\x85d\u00a0e", "a b c d e"),
-        (1995, "1995"),
-        (7.5, "7.5"),
-    ],
+from rankonce.errors import DataError
+from rankonce.prompts.features import (
+    MONTH,
+    WEEK,
+    PastEvents,
+    Questions,
+    co_liked_neighbours,
+    expected_share,
+    genre_affinity,
+    genre_rates,
+    history_share,
+    item_rates,
+    mean_of_history,
+    member_rates,
+    overall_share,
+    popularity_percentile,
+    recency,
+    smoothed_share,
 )
-def test_text_stays_on_one_line(value: Any, words: str) -> None:
-    assert say(value) == words
+
+GENRES = {0: ["Drama"], 1: ["Drama", "Crime"], 2: [], 3: ["Crime", "Comedy"]}
+# Few members, items and moments, so that many meet in one second.
+EVENT = st.tuples(st.integers(0, 2), st.integers(0, 4), st.integers(0, 5), st.integers(0, 1))
+EVENTS = st.lists(EVENT, min_size=1, max_size=20)
 
 
-@given(st.text())
-def test_no_text_opens_a_line_of_its_own(value: str) -> None:
-    if value.split():
-        assert len(say(value).splitlines()) == 1
+def ints(values: Any) -> np.ndarray:
+    return np.array(list(values), dtype=np.int64)
 
 
-@pytest.mark.parametrize(
-    ("value", "words"),
-    [(["Action", "Drama"], "Action, Drama"), (["Action"], "Action"), ([], "none"), ("War", "War")],
-)
-def test_lists_are_joined_by_commas(value: Any, words: str) -> None:
-    assert say(value, type="list") == words
+def histories_of(events: list[tuple[int, ...]]) -> list[list[int]]:
+    """What each event's member had liked strictly before it."""
+    return [
+        [item for member, item, moment, like in sorted(events, key=lambda e: e[2]) if like
+         and member == one[0] and moment < one[2]]
+        for one in events
+    ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("value", "words"),
-    [
-        (0, "0"),
-        (7, "7"),
-        (14, "10"),
-        (15, "15"),
-        (42, "30"),
-        (999_999, "100000"),
-        (10**9, "1000000"),
-    ],
-)
-def test_counts_are_rounded_down_to_a_bucket(value: int, words: str) -> None:
-    assert say(value, type="count") == words
+def build_past(events: list[tuple[int, ...]]) -> PastEvents:
+    members, items, moments, likes = zip(*events, strict=True)
+    return PastEvents(
+        members=ints(members),
+        items=ints(items),
+        moments=ints(moments),
+        likes=ints(likes),
+        histories=histories_of(events),
+    )
 
 
-@given(st.integers(min_value=0, max_value=10**12))
-def test_a_count_is_never_spelled_larger_than_it_is(value: int) -> None:
-    assert int(say(value, type="count")) in COUNT_BUCKETS
-    assert int(say(value, type="count")) <= value
+def build_questions(events: list[tuple[int, ...]]) -> Questions:
+    past = build_past(events)
+    return Questions(
+        members=past.members, items=past.items, moments=past.moments, histories=past.histories
+    )
 
 
-def test_a_task_may_bring_its_own_count_buckets() -> None:
-    assert [say(value, type="count", buckets=(0, 100, 1000)) for value in (99, 100, 5000)] == [
-        "0",
-        "100",
-        "1000",
-    ]
+def expected_of(past: PastEvents, asked: Questions) -> np.ndarray:
+    return expected_share(
+        item_rates(past, asked),
+        member_rates(past, asked),
+        overall=overall_share(past, asked),
+        item_strength=5.0,
+        member_strength=10.0,
+    )
 
 
-@pytest.mark.parametrize(
-    ("value", "words"), [(0, "0 %"), (1, "100 %"), (0.62, "60 %"), (0.63, "65 %"), (True, None)]
-)
-def test_shares_are_percentages_in_steps_of_five(value: Any, words: str | None) -> None:
-    if words is None:
-        with pytest.raises(
-            RequestError, match=r"candidates\[3\]\.fields\.name: should be a number"
-        ):
-            say(value, type="share")
-    else:
-        assert say(value, type="share") == words
+def affinity_of(past: PastEvents, asked: Questions) -> np.ndarray:
+    genre = genre_rates(past, asked, genres_by_item=GENRES)
+    return genre_affinity(genre, member_rates(past, asked), overall=overall_share(past, asked))
 
 
-def test_a_share_with_buckets_takes_the_last_bound_that_it_reaches() -> None:
-    spoken = [say(value, type="share", buckets=(0, 0.1, 0.5)) for value in (0.05, 0.1, 0.49, 0.9)]
-    assert spoken == ["0 %", "10 %", "10 %", "50 %"]
+def neighbours_of(name: str) -> Callable[[PastEvents, Questions], np.ndarray]:
+    return lambda past, asked: getattr(co_liked_neighbours(past, asked), name)
 
 
-@pytest.mark.parametrize(
-    ("value", "words"),
-    [
-        (0, "bottom quarter"),
-        (24.9, "bottom quarter"),
-        (25, "top 75 %"),
-        (94.9, "top 10 %"),
-        (97, "top 5 %"),
-        (100, "top 1 %"),
-    ],
-)
-def test_percentiles_say_how_far_up_a_value_is(value: float, words: str) -> None:
-    assert say(value, type="percentile") == words
+FEATURES: dict[str, Callable[[PastEvents, Questions], np.ndarray]] = {
+    "item counts": lambda past, asked: item_rates(past, asked).counts,
+    "item likes": lambda past, asked: item_rates(past, asked).likes,
+    "member counts": lambda past, asked: member_rates(past, asked).counts,
+    "member likes": lambda past, asked: member_rates(past, asked).likes,
+    "overall share": overall_share,
+    "expected share": expected_of,
+    "popularity": lambda past, asked: popularity_percentile(past, asked, period_s=2),
+    "recency": recency,
+    "genre affinity": affinity_of,
+    "neighbours who met it": neighbours_of("counts"),
+    "neighbours who liked it": neighbours_of("likes"),
+    "co-likes": neighbours_of("co_likes"),
+    "mean co-like": neighbours_of("mean_cosine"),
+    "closest co-like": neighbours_of("max_cosine"),
+    "history share": history_share,
+    "newest history share": lambda past, asked: history_share(past, asked, newest=1),
+}
 
 
-@pytest.mark.parametrize(
-    ("seconds", "words"),
-    [
-        (0, "just now"),
-        (59.9, "just now"),
-        (60, "1 minute ago"),
-        (3_599, "59 minutes ago"),
-        (86_400, "1 day ago"),
-        (2 * 86_400, "2 days ago"),
-        (13 * 86_400, "1 week ago"),
-        (40 * 86_400, "1 month ago"),
-        (3 * 31_536_000, "3 years ago"),
-    ],
-)
-def test_ages_are_spelled_in_the_largest_whole_unit(seconds: float, words: str) -> None:
-    assert spell_age(seconds) == say(seconds, type="age") == words
-
-
-@pytest.mark.parametrize(("value", "word"), [(-5, "low"), (2.99, "low"), (3, "fair"), (4, "high")])
-def test_a_number_becomes_the_word_of_its_bucket(value: float, word: str) -> None:
-    assert say(value, type="number", buckets=(3, 4), words=("low", "fair", "high")) == word
-
-
-@given(
-    st.sets(st.floats(-1e6, 1e6), min_size=1, max_size=6),
-    st.lists(st.floats(-1e7, 1e7), min_size=2, max_size=2),
-)
-def test_a_larger_number_never_takes_an_earlier_word(bounds: set[float], pair: list[float]) -> None:
-    words = tuple(chr(ord("a") + place) for place in range(len(bounds) + 1))
-    low, high = sorted(pair)
-    spec = {"type": "number", "buckets": tuple(sorted(bounds)), "words": words}
-    assert say(low, **spec) <= say(high, **spec)
-
-
-@pytest.mark.parametrize(
-    ("value", "spec"),
-    [
-        (["a"], {}),
-        (True, {}),
-        ("   ", {}),
-        ([""], {"type": "list"}),
-        ("many", {"type": "count"}),
-        (-1, {"type": "count"}),
-        (math.nan, {"type": "count"}),
-        (1.01, {"type": "share"}),
-        (True, {"type": "share"}),
-        (-0.1, {"type": "share"}),
-        (101, {"type": "percentile"}),
-        (-1, {"type": "age"}),
-        (math.inf, {"type": "age"}),
-        ("3", {"type": "number", "buckets": (1,), "words": ("a", "b")}),
-        (["1"], {"type": "number", "buckets": (1,), "words": ("a", "b")}),
-    ],
-)
-def test_a_value_of_another_type_is_refused_with_its_path(value: Any, spec: dict[str, Any]) -> None:
-    with pytest.raises(RequestError, match=r"candidates\[3\]\.fields\.name: should"):
-        say(value, **spec)
-
-
-@pytest.mark.parametrize(
-    ("spec", "fault"),
-    [
-        ({"type": "count", "buckets": (0, 5, 5)}, "buckets should ascend"),
-        ({"type": "count", "buckets": (5, 0)}, "buckets should ascend"),
-        ({"type": "number", "buckets": (1, 2), "words": ("a", "b")}, "one word more"),
-        ({"type": "count", "words": ("a",)}, "words belong to type number"),
-        ({"type": "text", "buckets": (1,)}, "buckets do not belong to type text"),
-        ({"type": "colour"}, "type"),
-        ({"kind": "text"}, "kind"),
-    ],
-)
-def test_a_field_whose_buckets_and_words_do_not_fit_is_refused(
-    spec: dict[str, Any], fault: str
+@pytest.mark.parametrize("name", FEATURES)
+@given(events=EVENTS, others=EVENTS, moment=st.integers(0, 5))
+@settings(deadline=None, max_examples=40)
+def test_nothing_of_the_same_second_or_later_reaches_a_number(
+    name: str, events: list[tuple[int, ...]], others: list[tuple[int, ...]], moment: int
 ) -> None:
-    with pytest.raises(ValidationError, match=fault):
-        FieldSpec(**spec)
+    early = [one for one in events if one[2] <= moment]
+    if not early:
+        return
+    asked = build_questions(early)
+    before = FEATURES[name](build_past(events), asked)
+    # From the moment on likes are the opposite, and foreign events take the place of later ones.
+    changed = [
+        (m, i, t, 1 - like if t >= moment else like) for m, i, t, like in events if t <= moment
+    ] + [(m, i, t + moment, like) for m, i, t, like in others]
+    after = FEATURES[name](build_past(changed), asked)
+    np.testing.assert_array_equal(after, before)
+
+
+def slow_number(name: str, events: list[tuple[int, ...]], one: tuple[int, ...]) -> float:
+    """Count what one question may know, event by event."""
+    member, item, moment, _ = one
+    past = [e for e in events if e[2] < moment]
+    own = [e for e in past if e[0] == member]
+    of_item = [e for e in past if e[1] == item]
+    mine = sorted(set(histories_of([*events, one])[-1]), key=str)
+    history = histories_of([*events, one])[-1]
+    overall = (sum(e[3] for e in past) + 1) / (len(past) + 2)
+
+    def had_liked(event: tuple[int, ...], film: int) -> int:
+        return sum(
+            e[0] == event[0] and e[1] == film and e[3] == 1 and e[2] < event[2] for e in events
+        )
+
+    def cosine(film: int) -> float:
+        both = sum(had_liked(e, film) for e in past if e[1] == item and e[3])
+        both += sum(had_liked(e, item) for e in past if e[1] == film and e[3])
+        likes = sum(e[3] for e in past if e[1] == film)
+        return both / ((likes + 1) * (sum(e[3] for e in of_item) + 1)) ** 0.5
+
+    def share_of(film: int) -> float:
+        rows = [e for e in past if e[1] == film]
+        return (sum(e[3] for e in rows) + 5 * overall) / (len(rows) + 5)
+
+    match name:
+        case "item counts":
+            return len(of_item)
+        case "item likes":
+            return sum(e[3] for e in of_item)
+        case "member counts":
+            return len(own)
+        case "member likes":
+            return sum(e[3] for e in own)
+        case "overall share":
+            return overall
+        case "recency":
+            return moment - max(e[2] for e in of_item) if of_item else np.nan
+        case "neighbours who met it":
+            return sum(had_liked(e, film) for e in of_item for film in history)
+        case "neighbours who liked it":
+            return sum(had_liked(e, film) for e in of_item if e[3] for film in history)
+        case "mean co-like":
+            return float(np.mean([cosine(film) for film in history])) if history else 0.0
+        case "closest co-like":
+            return max((cosine(film) for film in mine), default=0.0)
+        case "history share":
+            return float(np.mean([share_of(film) for film in history])) if history else np.nan
+        case "newest history share":
+            return share_of(history[-1]) if history else np.nan
+    raise KeyError(name)
+
+
+SLOW = [
+    name for name in FEATURES
+    if name not in ("expected share", "popularity", "genre affinity", "co-likes")
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SLOW)
+@given(events=EVENTS)
+@settings(deadline=None, max_examples=40)
+def test_a_number_equals_a_slow_count(name: str, events: list[tuple[int, ...]]) -> None:
+    found = FEATURES[name](build_past(events), build_questions(events))
+    expected = [slow_number(name, events, one) for one in events]
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def test_popularity_is_the_percentile_in_the_last_period_in_which_anything_happened() -> None:
+    day = 86_400
+    events = [(0, 1, day, 1), (1, 1, 2 * day, 0), (2, 2, 3 * day, 1), (0, 3, 40 * day, 1)]
+    past = build_past(events)
+    asked = [(9, item, 32 * day, 0) for item in (1, 2, 3)] + [(9, 3, 29 * day, 0)]
+    found = popularity_percentile(past, build_questions(asked), period_s=MONTH)
+    # Of the two films of the first month one is above the other; the third had no event in it.
+    np.testing.assert_array_equal(found, [50.0, 0.0, 0.0, np.nan])
+    later = [(9, 3, 200 * day, 0), (9, 1, 200 * day, 0)]
+    np.testing.assert_array_equal(
+        popularity_percentile(past, build_questions(later), period_s=MONTH), [0.0, 0.0]
+    )
+    week = popularity_percentile(past, build_questions([(9, 1, 8 * day, 0)]), period_s=WEEK)
+    np.testing.assert_array_equal(week, [50.0])
+
+
+def test_expectations_add_what_item_and_member_deviate() -> None:
+    # The item is liked twice as often as not, the member likes everything.
+    events = [(1, 1, 0, 1), (2, 1, 0, 1), (3, 1, 0, 0), (9, 2, 0, 1), (9, 3, 0, 1)]
+    (found,) = expected_of(build_past(events), build_questions([(9, 1, 5, 0)]))
+    overall, item, member = 5 / 7, (2 + 25 / 7) / 8, (2 + 50 / 7) / 12
+
+    def odds(share: float) -> float:
+        return float(np.log(share / (1 - share)))
+
+    expected = odds(item) + odds(member) - odds(overall)
+    assert odds(found) == pytest.approx(expected)
+
+
+def test_affinity_is_above_zero_for_genres_that_the_member_likes_more_than_others() -> None:
+    events = [(1, 0, t, 1) for t in range(4)] + [(1, 3, t, 0) for t in range(4)]
+    asked = build_questions([(1, 0, 9, 0), (1, 3, 9, 0), (1, 2, 9, 0), (7, 0, 9, 0)])
+    liked, disliked, unknown, nobody = affinity_of(build_past(events), asked)
+    # 4 of 4 dramas, 0 of 4 others, shrunk by ten events towards the half that the member likes.
+    assert (liked, disliked) == pytest.approx((2 / 14, -2 / 14))
+    assert unknown == nobody == 0.0
+
+
+def test_the_mean_of_a_history_leaves_out_what_is_not_known() -> None:
+    asked = Questions(
+        members=ints([1, 1]),
+        items=ints([5, 5]),
+        moments=ints([1, 1]),
+        histories=[[1, 2, 3], []],
+    )
+    found = mean_of_history(asked, {1: 1990.0, 2: 2000.0})
+    np.testing.assert_array_equal(found, [1995.0, np.nan])
+
+
+@pytest.mark.parametrize("feature", [co_liked_neighbours, history_share])
+def test_missing_histories_are_named(feature: Callable[..., Any]) -> None:
+    past = build_past([(1, 1, 1, 1)])
+    asked = Questions(members=past.members, items=past.items, moments=past.moments)
+    with pytest.raises(DataError, match="histories"):
+        feature(past, asked)
+
+
+def test_impossible_settings_are_refused() -> None:
+    past, asked = build_past([(1, 1, 1, 1)]), build_questions([(1, 1, 1, 1)])
+    with pytest.raises(DataError, match="period_s"):
+        popularity_percentile(past, asked, period_s=0)
+    with pytest.raises(DataError, match="strength: should be above 0"):
+        smoothed_share(ints([0]), ints([0]), prior=0.5, strength=0)

@@ -23,8 +23,9 @@ import polars as pl
 
 from rankonce.datasets.ml_small import read_ml_small
 from rankonce.datasets.movielens import movie_examples, movie_rows, read_films, read_rows
-from rankonce.datasets.statistics import smoothed_share, statistics_from
+from rankonce.datasets.statistics import statistics_from
 from rankonce.errors import DataError
+from rankonce.prompts.features import smoothed_share
 from rankonce.records import Event, Item, ScoreRequest, TrainingExample, Value
 
 _LIKE, _DISLIKE = 4.0, 2.0

@@ -22,7 +22,8 @@ from rankonce.datasets.simulator import (
     simulate_log,
     split_of,
 )
-from rankonce.datasets.statistics import Floats, Ints, smoothed_share, statistics_from
+from rankonce.datasets.statistics import statistics_from
+from rankonce.prompts.features import Floats, Ints, smoothed_share
 from rankonce.records import Event, Item, ScoreRequest, TrainingExample, Value
 
 Fields = dict[str, Value]

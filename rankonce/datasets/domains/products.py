@@ -28,7 +28,7 @@ from rankonce.datasets.simulator import (
     stream,
     yes_or_no,
 )
-from rankonce.datasets.statistics import Floats
+from rankonce.prompts.features import Floats
 
 _PRICES = {
     "running shoes": 90, "rucksack": 70, "desk lamp": 45, "coffee grinder": 110,

@@ -18,7 +18,7 @@ from rankonce.datasets.simulator import (
     draw_requests,
     stream,
 )
-from rankonce.datasets.statistics import Floats, Ints
+from rankonce.prompts.features import Floats, Ints
 
 Draw = Callable[[World, str, int], Scene]
 PARTS_OF_DAY = ("morning", "midday", "afternoon", "evening", "night")

@@ -1,0 +1,106 @@
+"""What another catalogue's ratings say of films, taught by the films' names.
+
+A ranker that reads titles can know of a film what no table of ids can carry over: how members of
+another platform liked it. Its requests are the same task's, with nothing but title and genres of a
+film and nothing of a member; the labels are soft, the film's share of likes there.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from rankonce.datasets.ml_small import film_like_shares, leave_out_members
+from rankonce.datasets.movielens import TASK, FilmPrior, read_films, read_rows
+from rankonce.records import Item, ScoreRequest, TrainingExample, Value
+
+# A like share of another catalogue counts as so many raters, if that many gave it or more.
+_PRIOR_STRENGTH = 20.0
+# The same genre has another name there.
+_GENRES = {"Children": "Children's"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Catalogue:
+    """Films of another platform.
+
+    Attributes:
+        films: title and genres, by id.
+        like_shares, num_raters: by id.
+    """
+
+    films: Mapping[int, Mapping[str, Value]]
+    like_shares: Mapping[int, float]
+    num_raters: Mapping[int, int]
+
+    def priors(self, films: Mapping[int, Mapping[str, Value]]) -> dict[int, FilmPrior]:
+        """Find what the catalogue knows of films with the same titles."""
+        by_title = {str(self.films[film]["title"]): film for film in self.like_shares}
+        found = {}
+        for film, fields in films.items():
+            other = by_title.get(str(fields["title"]))
+            if other is not None:
+                strength = min(_PRIOR_STRENGTH, float(self.num_raters[other]))
+                found[film] = FilmPrior(like_share=self.like_shares[other], strength=strength)
+        return found
+
+
+def read_catalogue(folder: Path, *, since: int, until: int) -> Catalogue:
+    """Read a folder of ratings and items.
+
+    Args:
+        since, until: members who rated anything in this time are left out whole, since they may be
+            members of the platform that the ranker is for.
+
+    Raises:
+        DataError: a file or a column is missing.
+    """
+    ratings = read_rows(folder / "ratings.parquet")
+    items = read_rows(folder / "items.parquet")
+    shares = film_like_shares(leave_out_members(ratings, since=since, until=until))
+    films = {}
+    for film, fields in read_films(items).items():
+        genres = fields.get("genres")
+        films[film] = {**fields, "title": str(fields["title"]).strip()}
+        if isinstance(genres, list):
+            films[film]["genres"] = [_GENRES.get(name, name) for name in genres]
+    known = shares.filter(pl.col("item_id").is_in(list(films)))
+    ids = known["item_id"].to_list()
+    return Catalogue(
+        films=films,
+        like_shares=dict(zip(ids, known["like_share"].to_list(), strict=True)),
+        num_raters=dict(zip(ids, known["num_raters"].to_list(), strict=True)),
+    )
+
+
+def quality_examples(
+    catalogue: Catalogue, *, candidates_per_example: int, seed: int
+) -> Iterator[TrainingExample]:
+    """Ask of every film once whether a member of whom nothing is known will like it."""
+    films = np.random.default_rng(seed).permutation(list(catalogue.like_shares)).tolist()
+    for start in range(0, len(films), candidates_per_example):
+        some = films[start : start + candidates_per_example]
+        yield TrainingExample(
+            request=ScoreRequest(
+                task=TASK,
+                profile={"num_ratings": 0},
+                candidates=tuple(Item(id=str(film), fields=catalogue.films[film]) for film in some),
+            ),
+            labels=tuple(_label(catalogue.like_shares[film]) for film in some),
+        )
+
+
+def _label(share: float) -> dict[str, float]:
+    return {"Yes": share, "No": 1 - share}
+
+
+def repeated_quality_examples(
+    catalogue: Catalogue, *, candidates_per_example: int, seed: int, times: int
+) -> Iterable[TrainingExample]:
+    """Ask of every film several times, in another order each."""
+    for number in range(times):
+        yield from quality_examples(
+            catalogue, candidates_per_example=candidates_per_example, seed=1000 * seed + number
+        )
