@@ -78,9 +78,9 @@ def test_wordings_write_the_same_facts_whatever_is_missing(name: str) -> None:
 
 
 def test_a_style_changes_what_it_names_and_nothing_else(tmp_path: Path) -> None:
-    data = {**GOOD, "styles": {"short": {"question": "Skip: Yes or No?"}, "other": STYLE}}
+    data = {**GOOD, "styles": {"brief": {"question": "Skip: Yes or No?"}, "other": STYLE}}
     task = load_task(write(tmp_path, data))
-    own, short, other = task.wordings()
+    own, short, other = task.wordings()  # the file holds them in the order of their names
     assert own is task
     expected = load_task(write(tmp_path, {**GOOD, "question": "Skip: Yes or No?"}))
     assert short.model_dump() == expected.model_dump()
