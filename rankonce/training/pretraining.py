@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from rankonce.errors import TrainingError
+from rankonce.errors import DataError, TrainingError
 from rankonce.prompts.encoding import TextEncoder
 from rankonce.prompts.rendering import Renderer
 from rankonce.training.corpora import list_files, open_corpora
@@ -74,6 +74,8 @@ def pretrain_source(
     for part, found in (("", corpora), ("valid: ", valid)):
         for corpus in found:
             report(f"{part}{corpus.files[0]}: {corpus.description}")
+    if valid and next(mix_corpora(valid, seed=0), None) is None:
+        raise DataError("valid: should hold at least one text")
 
     def read(corpora: Sequence[Corpus], encoder: TextEncoder, seed: int) -> Iterable[TokenSequence]:
         documents = mix_corpora(corpora, seed=seed)

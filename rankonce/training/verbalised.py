@@ -33,7 +33,7 @@ _ACTION_WORDS = {"shown": "passed over"}
 # item: raters, and those of them who liked it
 Counts = Mapping[Any, tuple[int, int]]
 # member, item, action, stars, time
-Row = tuple[Any, Any, str, float | None, int | None]
+Row = tuple[Any, Any, str | None, float | None, int | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +89,9 @@ def read_histories(
 ) -> Iterator[Document]:
     """Read the rows of each member, which stand together in the order of time, as one document.
 
-    Each comes in a style drawn by the seed. Events of items without a title are left out, and
-    members of whom nothing is left. Titles and categories of all items are held in memory.
+    Each comes in a style drawn by the seed. Events without an action or of items without a title
+    are left out, and members of whom nothing is left. Titles and categories of all items are held
+    in memory.
 
     Args:
         num_rows: of all members, to say how far the reading is.
@@ -110,7 +111,7 @@ def read_histories(
                 if time < before:
                     raise DataError(f"{where}: rows should be in the order of time")
                 before = time
-            if item in known:
+            if item in known and action:
                 words.append({**known[item], **_spell_action(action, stars)})
         if words:
             text = writer.write(words, random.choice(writer.styles))
@@ -130,7 +131,10 @@ def read_common_rows(path: Path, *, until: float | None) -> Iterator[Row]:
 
 
 def read_movielens_rows(path: Path, *, until: float | None) -> Iterator[Row]:
-    """Read MovieLens-like rows; their numbers are sorted by member and time in memory."""
+    """Read MovieLens-like rows; their numbers are sorted by member and time in memory.
+
+    Rows without a member, film, time or value are left out.
+    """
     frame = _movielens(path, until=until).sort("user_id", "timestamp", maintain_order=True)
     has_stars = "rating" in frame.collect_schema().names()
     for user, item, time, value in frame.collect().iter_rows():
@@ -158,7 +162,7 @@ def count_movielens(path: Path, *, until: float | None) -> dict[Any, tuple[int, 
 def _movielens(path: Path, *, until: float | None) -> pl.LazyFrame:
     rows = pl.scan_parquet(path)
     value = "rating" if "rating" in rows.collect_schema().names() else "label"
-    chosen = rows.select("user_id", "item_id", "timestamp", value)
+    chosen = rows.select("user_id", "item_id", "timestamp", value).drop_nulls()
     return chosen if until is None else chosen.filter(pl.col("timestamp") < until)
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rankonce.errors import TrainingError
+from rankonce.errors import DataError, TrainingError
 from rankonce.ranker import Ranker
 from rankonce.training import loop
 from rankonce.training.loop import TrainConfig
@@ -165,6 +165,13 @@ def test_a_length_that_no_document_can_have_is_refused(
     out = folder / f"limit-{limit}"
     with pytest.raises(TrainingError, match=f"max_tokens_per_document: should be {fault}"):
         pretrain(data, out, config=CONFIG, size="1m", model=str(folder / "straight"))
+
+
+def test_held_out_files_without_any_text_are_refused(folder: Path) -> None:
+    (folder / "blank.txt").write_text("\n\n")
+    data = PretrainingData(weights={folder / "set": 1.0}, valid=[folder / "blank.txt"])
+    with pytest.raises(DataError, match="valid: should hold at least one text"):
+        pretrain(data, folder / "blank", config=CONFIG, size="1m")
 
 
 def test_a_loss_of_one_bit_a_byte_is_told_so() -> None:
