@@ -1,15 +1,18 @@
 """Training draws a wording for every example; scoring never does."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rankonce.cli.tasks import example_request
+from rankonce.model.loading import LoadedModel
 from rankonce.prompts.encoding import TextEncoder
 from rankonce.prompts.rendering import Renderer
 from rankonce.prompts.tasks import library_tasks
+from rankonce.ranker import Ranker
 from rankonce.records import TrainingExample, read_request
 from rankonce.training.data import tokenize_examples
 from rankonce.training.loop import TrainConfig
@@ -84,3 +87,12 @@ def test_a_task_without_styles_keeps_its_wording(renderer: Renderer) -> None:
     rows = [TrainingExample(request=request, labels=("Yes", "No"))] * 5
     units = tokenize_examples(rows, renderer, library_tasks(), style_seed=3)
     assert {unit.tokens for unit in units} == {renderer.render(task, request).tokens}
+
+
+def test_scoring_always_reads_the_own_wording(
+    load_random: Callable[..., LoadedModel], renderer: Renderer
+) -> None:
+    ranker = Ranker(load_random("llama"))
+    request = read_request(example_request(TASK))
+    own = renderer.render(TASK, request).tokens
+    assert [ranker.prepare(request).rendered.tokens for _ in range(5)] == [own] * 5
