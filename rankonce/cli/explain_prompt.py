@@ -48,6 +48,15 @@ def explain_prompt(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON, with all token ids.")
     ] = False,
+    style: Annotated[
+        str | None,
+        typer.Option(
+            "--style",
+            metavar="NAME",
+            help="Show another wording of the task, which training may use.",
+            show_default="the task's own, as in scoring",
+        ),
+    ] = None,
     model: ModelOption = None,
     task_file: TaskFileOption = None,
     device: DeviceOption = None,
@@ -77,6 +86,8 @@ def explain_prompt(
         chat=chat,
     )
     task = find_task(request.task, ranker.tasks)
+    if style is not None:
+        task = task.in_style(style)
     explanation = {
         "model": ranker.model.name,
         **explain(ranker.renderer, task, request, candidate=candidate),

@@ -42,6 +42,9 @@ def finetune(
     temperature: Annotated[
         float, typer.Option(min=1.0, help="Above 1, small tasks come more often.")
     ] = 1.0,
+    styles: Annotated[
+        bool, typer.Option("--styles", help="Draw one of its task's wordings for every example.")
+    ] = False,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the data.")] = 3,
     learning_rate: Annotated[float, typer.Option(min=0.0, help="The peak.")] = 1e-3,
     targets_per_step: Annotated[int, typer.Option(min=1, help="Labels of a step.")] = 256,
@@ -69,7 +72,7 @@ def finetune(
 
     def load(_: Path, config: TrainConfig, tasks: Tasks) -> StageSource:
         read = partial(finetune_source, valid_paths=valid or (), temperature=temperature)
-        return read(data, config, tasks, losses=losses)
+        return read(data, config, tasks, losses=losses, styles=styles)
 
     config = TrainConfig(
         epochs=epochs,

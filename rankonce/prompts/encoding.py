@@ -54,7 +54,9 @@ class TextEncoder:
         self.head, self.middle, self.tail = _chat_frame(tokenizer) if self.chat else ("", "", "")
         self.label_lead = "" if self.chat else " "
         self._head_ids: tuple[int, ...] = ()
-        if not self.chat and tokenizer("a").input_ids[0] == tokenizer.bos_token_id:
+        puts_begin = tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+        self._begin_id: int | None = tokenizer.bos_token_id if puts_begin else None
+        if not self.chat and puts_begin:
             self.head, self._head_ids = tokenizer.bos_token, (tokenizer.bos_token_id,)
         self._line_ids = self._plain.encode("\n", add_special_tokens=False).ids
         self._opens_afresh = self._text_opens_afresh()
@@ -108,6 +110,22 @@ class TextEncoder:
         if not self._tokenizer.chat_template:
             raise RequestError("messages: the model has no chat template")
         return self._encode_pieces(_chat_pieces(self._tokenizer, turns))
+
+    def encode_documents(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
+        """Encode whole texts: a token that begins each, its own tokens, the end-of-text token.
+
+        The first is the tokenizer's begin token if it puts one before a text, else the end-of-text
+        token, as if another text stood before: a token of the text is predicted in every place.
+
+        Raises:
+            ModelError: the tokenizer has no end-of-text token.
+            RequestError: a text would become a special token.
+        """
+        end = self._tokenizer.eos_token_id
+        if end is None:
+            raise ModelError("tokenizer: has no end-of-text token, which ends a text")
+        begin = self._begin_id if self._begin_id is not None else end
+        return [(begin, *ids, end) for ids in self._encode_all(texts)]
 
     def whole_text_ids(self, text: str) -> list[int]:
         """Encode a rendered prompt in one go, special tokens recognised: for comparison only."""

@@ -5,8 +5,9 @@ one with a missing optional field is left out.
 """
 
 import math
+import re
 import string
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -53,6 +54,12 @@ class Lines(_Strict):
     def known_names(cls) -> tuple[str, ...]:
         """Names that lines may use beside the declared fields."""
         return ()
+
+    @property
+    def always(self) -> set[str]:
+        """Names that have a value in every request."""
+        required = {name for name, spec in self.fields.items() if spec.required}
+        return required.union(type(self).known_names())
 
 
 class HistoryLines(Lines):
@@ -115,10 +122,40 @@ class Ranking(_Strict):
     label: str | None = None
 
 
+class LineStyle(_Strict):
+    """Other lines for the same fields; what is ``None`` stays as the task has it."""
+
+    lines: tuple[str, ...]
+    separator: str | None = None
+
+
+class HistoryStyle(LineStyle):
+    """Other lines of the history, with what stands before the events or in their place."""
+
+    heading: str | None = None
+    empty: str | None = None
+
+
+class Style(_Strict):
+    """Another wording of a task, for training: the same facts and labels in other words.
+
+    What is ``None`` stays as the task has it.
+    """
+
+    instruction: Annotated[str, Field(min_length=1)] | None = None
+    profile: LineStyle | None = None
+    history: HistoryStyle | None = None
+    candidate: LineStyle | None = None
+    question: Annotated[str, Field(min_length=1)] | None = None
+    answer_slot: Annotated[str, Field(min_length=1)] | None = None
+
+
 class Task(_Strict):
     """A named prompt definition.
 
     Attributes:
+        styles: other wordings by name, which training may choose among. Scoring and evaluation
+            use the task's own wording always.
         question_in: ``prefix`` asks once before all candidates; ``segment`` after each of them.
         answer_slot: the last words of a plain prompt; the label follows after a space.
     """
@@ -135,6 +172,7 @@ class Task(_Strict):
     answer_slot: Annotated[str, Field(min_length=1)] = "Answer:"
     labels: Annotated[tuple[Label, ...], Field(min_length=2)]
     ranking: Ranking
+    styles: Mapping[str, Style] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _check_labels(self) -> "Task":
@@ -152,6 +190,49 @@ class Task(_Strict):
         if self.ranking.kind == "expected_grade" and any(x.grade is None for x in self.labels):
             raise ValueError("labels: expected_grade needs a grade on every label")
         return self
+
+    @model_validator(mode="after")
+    def _check_styles(self) -> "Task":
+        for name in self.styles:
+            try:
+                self._check_style(self.in_style(name))
+            except ValidationError as error:
+                faults = describe_faults(error.errors()).removeprefix("request: ")
+                raise ValueError(f"styles.{name}.{faults}") from error
+            except ValueError as error:
+                raise ValueError(f"styles.{name}.{error}") from error
+        return self
+
+    def _check_style(self, styled: "Task") -> None:
+        parts = {"profile": self.profile, "history": self.history, "candidate": self.candidate}
+        for part, own in parts.items():
+            if own is not None:
+                other = getattr(styled, part).lines
+                check_same_facts(own.lines, other, always=own.always, path=f"{part}.lines")
+        named, asked = (_words(task.question) for task in (self, styled))
+        for label in self.label_names:
+            if label in named and label not in asked:
+                raise ValueError(f"question: should name the label {label!r}, as the task's does")
+
+    def in_style(self, name: str) -> "Task":
+        """Return the task in one of its other wordings.
+
+        Raises:
+            TaskError: the task has no such style.
+        """
+        if name not in self.styles:
+            known = ", ".join(self.styles) or "none"
+            raise TaskError(f"style: should be one of {known}, is {name!r}")
+        data = self.model_dump(exclude={"styles"})
+        for key, change in self.styles[name].model_dump(exclude_none=True).items():
+            if isinstance(change, dict) and data[key] is None:
+                raise ValueError(f"{key}: the task has none")
+            data[key] = {**data[key], **change} if isinstance(change, dict) else change
+        return Task.model_validate(data)
+
+    def wordings(self) -> "tuple[Task, ...]":
+        """Return the task in its own wording and in every style."""
+        return (self, *map(self.in_style, self.styles))
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -171,6 +252,36 @@ class Task(_Strict):
 def field_names(line: str) -> list[str]:
     """Return the names between braces in a line."""
     return [name for _, name, _, _ in string.Formatter().parse(line) if name is not None]
+
+
+def check_same_facts(
+    own: Sequence[str], other: Sequence[str], *, always: Collection[str], path: str
+) -> None:
+    """Check that two sets of lines write the same fields, whichever of these a request has.
+
+    A line is written when all of its fields are there: lines write the same facts if the fields of
+    each line are also written by the others' lines when only they are there.
+
+    Args:
+        always: fields that every request has.
+
+    Raises:
+        ValueError: names the line and what is left out or added.
+    """
+    for lines, others, fault in ((own, other, "leave out"), (other, own, "add")):
+        for line in lines:
+            facts = set(field_names(line))
+            written = [set(names) for names in map(field_names, others)]
+            found = set().union(*(w for w in written if w <= facts.union(always)))
+            if missing := ", ".join(sorted(facts - found)):
+                optional = " and ".join(sorted(facts.difference(always))) or "none"
+                raise ValueError(
+                    f"{path}: {fault} {missing} where the optional fields are {optional}"
+                )
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text))
 
 
 def _check_braces(line: str) -> None:

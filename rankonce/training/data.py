@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from typing import Any, Literal
 
 import numpy as np
@@ -116,24 +117,55 @@ def _read_example(data: Any) -> TrainingExample:
 
 
 def tokenize_examples(
-    examples: Iterable[TrainingExample], renderer: Renderer, tasks: Mapping[str, Task]
+    examples: Iterable[TrainingExample],
+    renderer: Renderer,
+    tasks: Mapping[str, Task],
+    *,
+    style_seed: int | None = None,
 ) -> Iterator[TokenizedExample]:
     """Render and tokenise, exactly as for scoring.
+
+    Args:
+        style_seed: draws a wording for every example among its task's own and its styles;
+            ``None`` uses the task's own.
 
     Raises:
         DataError: says which example cannot be rendered, and why.
     """
+    choose = WordingChoice(tasks, style_seed=style_seed)
     for number, example in enumerate(examples, start=1):
         try:
-            yield _tokenize(example, renderer, tasks)
+            yield _tokenize(example, renderer, choose(example.request.task))
         except RankOnceError as error:
             raise DataError(f"example {number}: {error}") from error
 
 
-def _tokenize(
-    example: TrainingExample, renderer: Renderer, tasks: Mapping[str, Task]
-) -> TokenizedExample:
-    task = find_task(example.request.task, tasks)
+class WordingChoice:
+    """Gives tasks by name, each time in one of its wordings.
+
+    Args:
+        style_seed: of the draws; ``None`` gives every task in its own wording.
+    """
+
+    def __init__(self, tasks: Mapping[str, Task], *, style_seed: int | None) -> None:
+        self._tasks = tasks
+        self._random = None if style_seed is None else Random(style_seed)
+        self._wordings: dict[str, tuple[Task, ...]] = {}
+
+    def __call__(self, name: str) -> Task:
+        """Draw a wording of a task.
+
+        Raises:
+            TaskError: no task has this name.
+        """
+        if self._random is None:
+            return find_task(name, self._tasks)
+        if name not in self._wordings:
+            self._wordings[name] = find_task(name, self._tasks).wordings()
+        return self._random.choice(self._wordings[name])
+
+
+def _tokenize(example: TrainingExample, renderer: Renderer, task: Task) -> TokenizedExample:
     graded = task.ranking.kind == "expected_grade"
     return TokenizedExample(
         tokens=renderer.render(task, example.request).tokens,

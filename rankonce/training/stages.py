@@ -17,7 +17,7 @@ from rankonce.errors import DataError
 from rankonce.prompts.rendering import Renderer
 from rankonce.prompts.tasks import Task, find_task
 from rankonce.records import TrainingExample
-from rankonce.training.data import mix_tasks, read_examples, tokenize_examples
+from rankonce.training.data import WordingChoice, mix_tasks, read_examples, tokenize_examples
 from rankonce.training.loop import TrainConfig, TrainingData
 from rankonce.training.objectives import LabelObjective
 
@@ -71,6 +71,7 @@ def label_source(
     losses: Mapping[str, float] | None = None,
     fingerprint: Mapping[str, Any],
     split: Mapping[str, pl.DataFrame] | None = None,
+    style_seed: int | None = None,
 ) -> StageSource:
     """Make the source of a stage that learns labels at score rows.
 
@@ -78,6 +79,8 @@ def label_source(
         epoch: the examples of an epoch.
         tasks: by name, those of the examples among them.
         losses: weights of losses of the table; cross-entropy alone by default.
+        style_seed: each example of an epoch comes in a wording drawn from its task's own and its
+            styles; ``None`` uses the task's own, as the valid examples always do.
     """
     objective = LabelObjective(losses=losses or {"softmax": 1.0})
     first = list(epoch(0))
@@ -85,14 +88,20 @@ def label_source(
 
     def open_with(renderer: Renderer) -> TrainingData:
         return TrainingData(
-            units=lambda number: tokenize_examples(epoch(number), renderer, tasks),
+            units=lambda number: tokenize_examples(
+                epoch(number),
+                renderer,
+                tasks,
+                style_seed=None if style_seed is None else 1000 * style_seed + number,
+            ),
             objective=objective,
             valid=lambda: tokenize_examples(valid, renderer, tasks),
         )
 
     def texts(renderer: Renderer) -> Iterable[str]:
+        choose = WordingChoice(tasks, style_seed=style_seed)
         for example in islice(first, _NUM_TOKENIZER_EXAMPLES):
-            rendered = renderer.render(find_task(example.request.task, tasks), example.request)
+            rendered = renderer.render(choose(example.request.task), example.request)
             yield rendered.prefix.removeprefix(renderer.encoder.head)
             yield from rendered.segments
 
@@ -101,7 +110,7 @@ def label_source(
         texts=texts,
         tasks=[find_task(name, tasks) for name in names],
         valid=valid,
-        fingerprint=fingerprint,
+        fingerprint={**fingerprint, **({} if style_seed is None else {"style_seed": style_seed})},
         split=split or {},
     )
 
@@ -114,11 +123,13 @@ def finetune_source(
     valid_paths: Sequence[Path] = (),
     temperature: float = 1.0,
     losses: Mapping[str, float] | None = None,
+    styles: bool = False,
 ) -> StageSource:
     """Read JSON lines of labelled requests of any tasks.
 
     Args:
         temperature: evens out how often tasks come; see ``mix_tasks``.
+        styles: draw a wording for every example; see ``label_source``.
 
     Raises:
         DataError: names the file, the line and the field.
@@ -138,6 +149,7 @@ def finetune_source(
             **fingerprint_files([*paths, *valid_paths]),
             "temperature": temperature,
         },
+        style_seed=config.seed if styles else None,
     )
 
 

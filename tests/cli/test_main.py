@@ -28,7 +28,18 @@ def test_without_a_command_help_is_shown(run: Command) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["demo", "score", "explain-prompt", "tasks", "datasets", "serve", "train", "evaluate", "bench"],
+    [
+        "demo",
+        "score",
+        "explain-prompt",
+        "tasks",
+        "datasets",
+        "serve",
+        "train",
+        "pretrain",
+        "evaluate",
+        "bench",
+    ],
 )
 def test_every_command_has_help(run: Command, name: str) -> None:
     done = run(name, "--help")

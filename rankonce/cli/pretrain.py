@@ -1,0 +1,118 @@
+"""``rankonce pretrain``: first or continued pretraining on a platform's texts."""
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from rankonce.cli.options import quiet_transformers
+
+
+def pretrain(
+    data: Annotated[
+        list[str],
+        typer.Option(
+            metavar="PATH[=WEIGHT]",
+            help="Text, JSON lines or Parquet file, or a folder; the weight is how often an epoch "
+            "reads it, 1 by default; may be repeated.",
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(file_okay=False, help="Folder of the model; a run found there goes on."),
+    ],
+    valid: Annotated[
+        list[Path] | None,
+        typer.Option(exists=True, help="The same, held out: perplexity of the result."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER|ID", help="Checkpoint to start from.", show_default="from scratch"
+        ),
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(help="Size from scratch: 1m to 150m.", show_default="10m")
+    ] = None,
+    max_steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Read the data as a stream, anew when it ends, for so many steps."
+        ),
+    ] = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Passes over the data, whose tokens are held in memory.", show_default="1"
+        ),
+    ] = None,
+    tokens_per_step: Annotated[int, typer.Option(min=1, help="Learnt tokens of a step.")] = 16_384,
+    max_tokens_per_document: Annotated[
+        int, typer.Option(min=2, help="A longer document is cut into pieces.")
+    ] = 2048,
+    max_tokens_per_pass: Annotated[
+        int, typer.Option(min=1, help="Bounds the memory of a pass.")
+    ] = 16_384,
+    learning_rate: Annotated[float, typer.Option(min=0.0, help="The peak.")] = 1e-3,
+    schedule: Annotated[
+        Literal["cosine", "warmup-stable-decay"],
+        typer.Option(help="How the learning rate falls."),
+    ] = "cosine",
+    until: Annotated[
+        datetime | None,
+        typer.Option(
+            formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S"],
+            help="UTC; events and ratings from then on are left out.",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of everything.")] = 0,
+) -> None:
+    """Pretrain on texts: plain ones, items and histories in words.
+
+    rankonce pretrain --data ml-1m/ --data notes.jsonl=0.5 --out runs/base
+    """
+    from rankonce.training.loop import TrainConfig
+    from rankonce.training.pretraining import PretrainingData
+    from rankonce.training.pretraining import pretrain as run
+
+    if model is not None and size is not None:
+        raise typer.BadParameter("is for training from scratch", param_hint="--size")
+    if max_steps is not None and epochs is not None:
+        raise typer.BadParameter("takes the place of --epochs", param_hint="--max-steps")
+    quiet_transformers()
+    measured = run(
+        PretrainingData(
+            weights=dict(map(read_weight, data)),
+            valid=valid or (),
+            max_tokens_per_document=max_tokens_per_document,
+            until=until.replace(tzinfo=UTC).timestamp() if until else None,
+        ),
+        out,
+        config=TrainConfig(
+            epochs=epochs or 1,
+            max_steps=max_steps,
+            targets_per_step=tokens_per_step,
+            max_tokens_per_pass=max_tokens_per_pass,
+            learning_rate=learning_rate,
+            schedule=schedule,
+            buffer_size=2048,
+            seed=seed,
+        ),
+        size=size or "10m",
+        model=model,
+        report=lambda line: typer.echo(line, err=True),
+    )
+    if measured is not None:
+        typer.echo(json.dumps(measured))
+    typer.echo(f"model: {out}", err=True)
+
+
+def read_weight(text: str) -> tuple[Path, float]:
+    """Read ``PATH`` or ``PATH=WEIGHT``; a path may hold = itself."""
+    path, is_given, weight = text.rpartition("=")
+    try:
+        return (Path(path), float(weight)) if is_given else (Path(text), 1.0)
+    except ValueError:
+        return Path(text), 1.0

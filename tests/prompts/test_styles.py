@@ -1,0 +1,146 @@
+"""Other wordings of a task: the same facts and labels, held in ``golden_styles/<task>.txt``.
+
+``REGENERATE_GOLDENS=1 pytest tests/prompts/test_styles.py`` writes the files anew; read the diff.
+"""
+
+import copy
+import os
+from collections.abc import Callable
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rankonce.cli.tasks import example_request
+from rankonce.errors import TaskError
+from rankonce.prompts.encoding import TextEncoder
+from rankonce.prompts.features import spell
+from rankonce.prompts.rendering import Renderer
+from rankonce.prompts.tasks import Task, library_tasks, load_task
+from rankonce.records import read_request
+from tests.conftest import build_tokenizer
+from tests.prompts.test_golden import letter_tokenizer
+from tests.prompts.test_tasks import GOOD, write
+
+GOLDEN = Path(__file__).parent / "golden_styles"
+STYLED = sorted(name for name, task in library_tasks().items() if task.styles)
+STYLE: dict[str, Any] = {
+    "instruction": "Predict skips.",
+    "profile": {"lines": ["Lives in {country}"]},
+    "history": {"lines": ["{title} was {action} {age}"], "heading": "Heard:", "empty": "Nothing."},
+    "candidate": {"lines": ["{title} is the song"], "separator": "; "},
+    "question": "Does the listener skip it, Yes or No?",
+    "answer_slot": "Skips:",
+}
+
+
+def write_prompt(task: Task, data: dict[str, Any], tokenizer: Any) -> str:
+    renderer = Renderer(TextEncoder(tokenizer, chat=False), max_prompt_tokens=4096)
+    rendered = renderer.render(task, read_request(data))
+    return rendered.prefix + "\n---\n".join(rendered.segments)
+
+
+@pytest.mark.parametrize("name", STYLED)
+def test_every_style_equals_its_golden_file(name: str) -> None:
+    task, path = library_tasks()[name], GOLDEN / f"{name}.txt"
+    tokenizer, data = letter_tokenizer(task), example_request(task)
+    parts = [
+        f"── {style} ──\n{write_prompt(task.in_style(style), data, tokenizer)}\n"
+        for style in task.styles
+    ]
+    if os.environ.get("REGENERATE_GOLDENS"):
+        path.write_text("".join(parts), encoding="utf-8")
+    assert "".join(parts) == path.read_text(encoding="utf-8")
+
+
+def test_every_golden_file_belongs_to_a_task_with_styles() -> None:
+    assert {path.stem for path in GOLDEN.iterdir()} == set(STYLED)
+
+
+@pytest.mark.parametrize("name", STYLED)
+def test_wordings_write_the_same_facts_whatever_is_missing(name: str) -> None:
+    task, tokenizer = library_tasks()[name], build_tokenizer()
+    optional = [key for key, spec in task.candidate.fields.items() if not spec.required]
+    whole = example_request(task)["candidates"][0]["fields"]
+    for size in range(len(optional) + 1):
+        for left_out in combinations(optional, size):
+            fields = {key: value for key, value in whole.items() if key not in left_out}
+            data = {**example_request(task), "candidates": [{"fields": fields}]}
+            words = {
+                key: spell(v, task.candidate.fields[key], path="") for key, v in fields.items()
+            }
+            facts = []
+            for wording in task.wordings():
+                segment = write_prompt(wording, data, tokenizer).split(wording.question)[-1]
+                facts.append({key for key, word in words.items() if word in segment})
+            assert all(one == facts[0] for one in facts), left_out
+
+
+def test_a_style_changes_what_it_names_and_nothing_else(tmp_path: Path) -> None:
+    data = {**GOOD, "styles": {"brief": {"question": "Skip: Yes or No?"}, "other": STYLE}}
+    task = load_task(write(tmp_path, data))
+    own, short, other = task.wordings()  # the file holds them in the order of their names
+    assert own is task
+    expected = load_task(write(tmp_path, {**GOOD, "question": "Skip: Yes or No?"}))
+    assert short.model_dump() == expected.model_dump()
+    assert other.instruction == "Predict skips."
+    assert other.candidate.lines == ("{title} is the song",)
+    assert other.candidate.fields == task.candidate.fields
+    assert other.history is not None
+    assert (other.history.heading, other.history.policy) == ("Heard:", "chronological")
+    assert (other.labels, other.ranking, other.name) == (task.labels, task.ranking, task.name)
+
+
+FAULTS: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
+    ("profile.lines: leave out country", lambda s: s["profile"].update(lines=["Somebody"])),
+    ("history.lines: leave out age", lambda s: s["history"].update(lines=["{action}: {title}"])),
+    (
+        "candidate.lines: add year where the optional fields are year",
+        lambda s: s["candidate"]["lines"].append("{year}"),
+    ),
+    (
+        "candidate: line '{artist}' names 'artist', which is not under fields",
+        lambda s: s["candidate"]["lines"].append("{artist}"),
+    ),
+    (
+        "candidate.lines: ' {title}' should begin",
+        lambda s: s["candidate"].update(lines=[" {title}"]),
+    ),
+    ("question: should name the label 'No'", lambda s: s.update(question="Skipped? Yes or else")),
+    ("labels: unknown field", lambda s: s.update(labels=[])),
+]
+
+
+@pytest.mark.parametrize(("fault", "change"), FAULTS)
+def test_a_style_with_other_facts_or_labels_is_refused(
+    tmp_path: Path, fault: str, change: Callable[[dict[str, Any]], Any]
+) -> None:
+    data, style = copy.deepcopy(GOOD), copy.deepcopy(STYLE)
+    data["candidate"]["fields"]["year"] = {}
+    change(style)
+    with pytest.raises(TaskError) as caught:
+        load_task(write(tmp_path, {**data, "styles": {"short": style}}))
+    assert "styles.short." in str(caught.value)
+    assert fault in str(caught.value)
+
+
+def test_a_line_that_needs_more_fields_than_the_own_line_leaves_facts_out(tmp_path: Path) -> None:
+    data = copy.deepcopy(GOOD)
+    data["candidate"]["fields"].update(year={}, artist={})
+    data["candidate"]["lines"] += ["{year}", "by {artist}"]
+    data["styles"] = {"joined": {"candidate": {"lines": ["{title}", "{year} by {artist}"]}}}
+    with pytest.raises(TaskError, match="leave out year where the optional fields are year"):
+        load_task(write(tmp_path, data))
+
+
+def test_a_style_for_a_history_that_the_task_lacks_is_refused(tmp_path: Path) -> None:
+    data = {**GOOD, "styles": {"short": {"history": {"lines": ["{title}"]}}}}
+    del data["history"]
+    with pytest.raises(TaskError, match=r"styles\.short\.history: the task has none"):
+        load_task(write(tmp_path, data))
+
+
+def test_an_unknown_style_is_refused_with_the_names_that_exist() -> None:
+    with pytest.raises(TaskError, match="style: should be one of brief, sentences, is 'terse'"):
+        library_tasks()["job-apply"].in_style("terse")
