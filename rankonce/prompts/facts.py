@@ -67,10 +67,10 @@ class Record:
     Attributes:
         profile: fields of the member or query, in words.
         events: the newest ones, oldest first.
-        candidates: some of the request's, each name once.
+        candidates: some of those whose name no other has.
         is_chosen: for each of these whether the member chooses it: true for the label that ranks
             highest, false for the others (for graded labels, the lowest), else ``None``.
-        others: candidates that are not told.
+        others: such candidates that are not told.
         text: all of it, as the model reads it.
     """
 
@@ -107,12 +107,15 @@ def tell_record(
             if item is not None:
                 action = " ".join(event.action.split())
                 events.append(ToldEvent(item=item, action=action, time=event.time))
-    items: dict[str, tuple[ToldItem, bool | None]] = {}
+    pairs: dict[str, list[tuple[ToldItem, bool | None]]] = {}
     for index, candidate in enumerate(request.candidates):
         item = _tell_item(candidate.fields, task.candidate, f"candidates[{index}].fields")
         if item is not None:
-            items.setdefault(item.name, (item, _is_chosen(task, example.labels[index])))
-    order = [list(items.values())[place] for place in random.permutation(len(items)).tolist()]
+            pair = (item, _is_chosen(task, example.labels[index]))
+            pairs.setdefault(item.name, []).append(pair)
+    # A name that two candidates have says nothing of either.
+    single = [same[0] for same in pairs.values() if len(same) == 1]
+    order = [single[place] for place in random.permutation(len(single)).tolist()]
     chosen = [pair for pair in order if pair[1]][:1]
     rest = [pair for pair in order if pair not in chosen and not (chosen and pair[1])]
     told = [*chosen, *rest][:max_candidates]

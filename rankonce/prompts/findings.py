@@ -324,16 +324,28 @@ def _reason(
 
 
 def _items(record: Record) -> list[ToldItem]:
-    """Every item that is told, each name once; none of which two things are told."""
+    """Every item that is told, each name once; none of whose name two things are known."""
+    told = [*record.candidates, *(event.item for event in record.events)]
     by_name: dict[str, list[ToldItem]] = {}
-    for item in (*record.candidates, *(event.item for event in record.events)):
+    for item in told:
         by_name.setdefault(item.name, []).append(item)
+    others = {item.name: [item] for item in record.others}
     return [
         # As a candidate, an item is described in more fields than in the history.
         max(items, key=lambda item: len(item.texts))
-        for items in by_name.values()
-        if all(a.texts.get(f, v) == v for a in items for b in items for f, v in b.texts.items())
+        for name, items in by_name.items()
+        if _agree([*items, *others.get(name, [])])
     ]
+
+
+def _agree(items: Sequence[ToldItem]) -> bool:
+    """Whether what is told of one thing several times is always the same."""
+    return all(
+        one.texts.get(field, values) == values
+        for one in items
+        for other in items
+        for field, values in other.texts.items()
+    )
 
 
 def _single_events(record: Record) -> list[ToldEvent]:
