@@ -1,6 +1,7 @@
 """``rankonce instruct``: conversations are shown, written and learnt from."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -95,3 +96,16 @@ def test_a_share_outside_its_range_is_named(run: Command, files: tuple[Path, Pat
         1,
         "error: chat_share: should lie between 0 and 1, is 1\n",
     )
+
+
+def test_the_page_shows_what_the_command_prints(
+    run: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    section = page[page.index("## Instruct") : page.index("## What a prompt may know")]
+    (record,) = re.findall(r"```jsonl\n(.*?)```", section, flags=re.DOTALL)
+    (shown,) = re.findall(r"```text\n(.*?)```", section, flags=re.DOTALL)
+    (command,) = re.findall(r"`rankonce (.* --seed \d+)` prints", section)
+    monkeypatch.chdir(tmp_path)
+    Path("films.jsonl").write_text(record, encoding="utf-8")
+    assert run(*command.split()).out == shown
