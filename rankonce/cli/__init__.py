@@ -18,6 +18,7 @@ from rankonce.cli.demo import demo
 from rankonce.cli.evaluate import evaluate
 from rankonce.cli.explain_prompt import explain_prompt
 from rankonce.cli.finetune import finetune
+from rankonce.cli.instruct import instruct
 from rankonce.cli.pretrain import pretrain
 from rankonce.cli.score import score
 from rankonce.cli.serve import serve
@@ -41,6 +42,7 @@ for command in (
     serve,
     train,
     pretrain,
+    instruct,
     finetune,
     evaluate,
 ):

@@ -13,7 +13,7 @@ import yaml
 from pydantic import ValidationError, model_validator
 
 from rankonce.errors import TaskError
-from rankonce.prompts.features import FieldSpec, spell
+from rankonce.prompts.spelling import FieldSpec, spell
 from rankonce.prompts.tasks import Lines, check_same_facts, field_names
 from rankonce.records import Value, describe_faults
 

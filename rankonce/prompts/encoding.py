@@ -2,13 +2,15 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from rankonce.errors import ModelError, RequestError
 
+# Of plain conversations; the tasks' own by default.
+_ANSWER_SLOT = "Answer:"
 _CONTENT_MARK = "\x02content\x02"
 _INSTRUCTION_MARK = "\x02instruction\x02"
 # The mark of a turn stands between em spaces: a template that trims its contents takes them off.
@@ -109,7 +111,53 @@ class TextEncoder:
         """
         if not self._tokenizer.chat_template:
             raise RequestError("messages: the model has no chat template")
-        return self._encode_pieces(_chat_pieces(self._tokenizer, turns))
+        pieces = _chat_pieces(self._tokenizer, turns, up_to_answer=True)
+        return self._encode_pieces([(text, place is None) for text, place in pieces])
+
+    def encode_conversation(
+        self, turns: Sequence[tuple[str, str]]
+    ) -> tuple[tuple[int, ...], tuple[int | None, ...]]:
+        """Encode a whole conversation and find its answers.
+
+        The ids are those of the whole text, as in ``encode_chat``. An answer ends with the next
+        special token that the template writes, or, where that writes none behind the last answer,
+        with the token that ends a text, which is added. A plain conversation is written as a plain
+        prompt is: question, ``Answer:``, answer, and the token that ends a text. What the system
+        says opens the first question where there is no turn for it.
+
+        Args:
+            turns: role and content of each turn; user and assistant alternate.
+
+        Returns:
+            The ids, and for each the place of the turn that it answers for, ``None`` if none.
+
+        Raises:
+            RequestError: the template does not take these turns.
+            ModelError: no token ends a text, and one is needed.
+        """
+        shift = int(turns[0][0] == "system" and not (self.chat and self.middle))
+        if shift:
+            (_, system), (role, content), *rest = turns
+            turns = [(role, f"{system}\n{content}"), *rest]
+        if self.chat:
+            pieces = _chat_pieces(self._tokenizer, turns, up_to_answer=False)
+        else:
+            pieces = self._plain_pieces(turns)
+        answers = {place for place, (role, _) in enumerate(turns) if role == "assistant"}
+        runs, special_ids, spans, ends = self._find_answers(pieces, answers)
+        ids: list[int] = [] if self.chat else list(self._head_ids)
+        owners: list[int | None] = [None] * len(ids)
+        for number, (run_ids, offsets) in enumerate(self._encode_runs(runs)):
+            if number:
+                ids.append(special_ids[number - 1])
+                owners.append(ends.get(number - 1))
+            ids += run_ids
+            here = [span[1:] for span in spans if span[0] == number]
+            owners += [
+                next((owner for low, high, owner in here if start < high and end > low), None)
+                for start, end in offsets
+            ]
+        return tuple(ids), tuple(None if one is None else one + shift for one in owners)
 
     def encode_documents(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
         """Encode whole texts: a token that begins each, its own tokens, the end-of-text token.
@@ -150,6 +198,89 @@ class TextEncoder:
         runs, special_ids = self._split(pieces)
         return (*self._encode_all(runs[:1])[0], *self._join(special_ids, runs[1:]))
 
+    def _plain_pieces(self, turns: Sequence[tuple[str, str]]) -> list[tuple[str, int | None]]:
+        """Write turns as plain prompts with their answers."""
+        pieces: list[tuple[str, int | None]] = []
+        for place, (role, content) in enumerate(turns):
+            if role == "assistant":
+                pieces += [(self.label_lead + content, place), (self._end_token(), None)]
+            else:
+                line = "\n" if pieces else ""
+                pieces.append((f"{line}{content}\n{_ANSWER_SLOT}", place))
+        return pieces
+
+    def _end_token(self) -> str:
+        if self._tokenizer.eos_token is None:
+            raise ModelError("tokenizer: should have a token that ends a text (eos_token)")
+        return str(self._tokenizer.eos_token)
+
+    def _find_answers(
+        self, pieces: Sequence[tuple[str, int | None]], answers: set[int]
+    ) -> tuple[list[str], list[int], list[tuple[int, int, int, int]], dict[int, int]]:
+        """Cut pieces at the special tokens of the frame, as ``_split`` does, and find the answers.
+
+        Returns:
+            The runs of text, the special tokens between them, stretches of answers as ``(run, first
+            character, end, place)``, and the places of the answers that a special token ends.
+        """
+        runs, special_ids, ends = [""], list[int](), dict[int, int]()
+        spans: list[tuple[int, int, int, int]] = []
+        is_open = False
+        for text, is_frame, owner in self._own_pieces(pieces, answers):
+            (first, *rest), ids = self._split([(text, is_frame)])
+            run, start = len(runs) - 1, len(runs[-1])
+            runs[-1] += first
+            if owner is not None:
+                spans.append((run, start, len(runs[-1]), owner))
+                is_open = True
+            elif not is_frame:
+                is_open = False
+            elif is_open and ids:
+                # The model writes what the template has before the token that ends the answer.
+                run, start, _, place = spans[-1]
+                spans[-1] = (run, start, len(runs[-1]), place)
+                ends[len(special_ids)] = place
+                is_open = False
+            runs += rest
+            special_ids += ids
+        if is_open:
+            run, start, _, place = spans[-1]
+            spans[-1] = (run, start, len(runs[-1]), place)
+            ends[len(special_ids)] = place
+            (_, *rest), ids = self._split([(self._end_token(), True)])
+            runs, special_ids = runs + rest, special_ids + ids
+        return runs, special_ids, spans, ends
+
+    def _own_pieces(
+        self, pieces: Sequence[tuple[str, int | None]], answers: set[int]
+    ) -> Iterator[tuple[str, bool, int | None]]:
+        """Give pieces with whether the template wrote them and the answer that they belong to."""
+        places = [place for _, place in pieces]
+        for (text, place), after in zip(pieces, [*places[1:], None], strict=True):
+            if place is not None:
+                yield text, False, place if place in answers else None
+            elif after in answers and text.removeprefix(self.tail).isspace():
+                # A space that the prompt for the answer does not have belongs to the answer.
+                lead = text.removeprefix(self.tail)
+                yield text.removesuffix(lead), True, None
+                yield lead, False, after
+            else:
+                yield text, True, None
+
+    def _encode_runs(
+        self, runs: Sequence[str]
+    ) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
+        """Encode what stands before, between and after special tokens, with character offsets."""
+        for number, run in enumerate(runs):
+            if number and not self._opens_afresh:
+                (encoding,) = self._encodings_behind_line([run])
+                count, shift = len(self._line_ids), len("\n")
+            else:
+                (encoding,) = self._encodings([run])
+                count, shift = 0, 0
+            offsets = [(start - shift, end - shift) for start, end in encoding.offsets[count:]]
+            yield encoding.ids[count:], offsets
+
     def _split(self, pieces: Sequence[tuple[str, bool]]) -> tuple[list[str], list[int]]:
         """Cut text at the special tokens of its frame.
 
@@ -181,15 +312,22 @@ class TextEncoder:
 
     def _encode_behind_line(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
         """Encode texts as they stand within a longer one."""
+        count = len(self._line_ids)
+        return [tuple(encoding.ids[count:]) for encoding in self._encodings_behind_line(texts)]
+
+    def _encode_all(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
+        return [tuple(encoding.ids) for encoding in self._encodings(texts)]
+
+    def _encodings_behind_line(self, texts: Sequence[str]) -> list[Encoding]:
         # Encoding a text behind a line break and taking that off again gives the ids that it has
         # there: a tokenizer may put a space before a text's first word.
         count = len(self._line_ids)
-        encoded = self._encode_all([f"\n{text}" for text in texts])
-        if any(list(ids[:count]) != self._line_ids for ids in encoded):
+        encoded = self._encodings([f"\n{text}" for text in texts])
+        if any(list(encoding.ids[:count]) != self._line_ids for encoding in encoded):
             raise ModelError("tokenizer: joins a line break with the word after it")
-        return [ids[count:] for ids in encoded]
+        return encoded
 
-    def _encode_all(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
+    def _encodings(self, texts: Sequence[str]) -> list[Encoding]:
         encoded = self._plain.encode_batch(list(texts), add_special_tokens=False)
         for text, encoding in zip(texts, encoded, strict=True):
             # A vocabulary may hold a special token as an ordinary word as well.
@@ -197,7 +335,7 @@ class TextEncoder:
             if found:
                 tokens = ", ".join(repr(self.token(token_id)) for token_id in sorted(found))
                 raise RequestError(f"text: {text[:80]!r} would become the special token {tokens}")
-        return [tuple(encoding.ids) for encoding in encoded]
+        return list(encoded)
 
     def _frame_ids(self, text: str) -> list[int]:
         return list(self._framing.encode(text, add_special_tokens=False).ids)
@@ -235,33 +373,38 @@ def _cut(text: str, mark: str, turn: str) -> tuple[str, str]:
     return before, after
 
 
-def _chat_pieces(tokenizer: Any, turns: Sequence[tuple[str, str]]) -> list[tuple[str, bool]]:
-    """Apply the template to turns; returns text and whether the template wrote it."""
+def _chat_pieces(
+    tokenizer: Any, turns: Sequence[tuple[str, str]], *, up_to_answer: bool
+) -> list[tuple[str, int | None]]:
+    """Apply the template to turns; returns text and the turn it is the content of, if any."""
     marked = [(role, _TURN_MARK.format(place)) for place, (role, _) in enumerate(turns)]
     try:
-        text = _render_chat(tokenizer, marked)
+        text = _render_chat(tokenizer, marked, up_to_answer=up_to_answer)
     except Exception as error:  # templates raise what they like
         raise RequestError(f"messages: the chat template refuses them: {error}") from error
-    pieces, done, places = [], 0, set()
+    pieces: list[tuple[str, int | None]] = []
+    done, places = 0, set[int]()
     for mark in _TURN_MARKS.finditer(text):
         place = int(mark[2])
         content = turns[place][1]
         content = content if mark[1] else content.lstrip()
         content = content if mark[3] else content.rstrip()
-        pieces += [(text[done : mark.start()], True), (content, False)]
+        pieces += [(text[done : mark.start()], None), (content, place)]
         done = mark.end()
         places.add(place)
     for place in sorted(set(range(len(turns))) - places):
         raise RequestError(f"messages[{place}]: the chat template leaves its content out")
-    return [*pieces, (text[done:], True)]
+    return [*pieces, (text[done:], None)]
 
 
-def _render_chat(tokenizer: Any, turns: Sequence[tuple[str, str]]) -> str:
+def _render_chat(
+    tokenizer: Any, turns: Sequence[tuple[str, str]], *, up_to_answer: bool = True
+) -> str:
     # Reasoning models answer at once where their template has the switch.
     text = tokenizer.apply_chat_template(
         [{"role": role, "content": content} for role, content in turns],
         tokenize=False,
-        add_generation_prompt=True,
+        add_generation_prompt=up_to_answer,
         enable_thinking=False,
     )
     return str(text)

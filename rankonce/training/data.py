@@ -85,20 +85,28 @@ def read_examples(path: Path) -> list[TrainingExample]:
     Raises:
         DataError: names the line and the field.
     """
-    examples = []
+    examples = list(stream_examples(path))
+    if not examples:
+        raise DataError(f"{path}: should hold at least one example")
+    return examples
+
+
+def stream_examples(path: Path) -> Iterator[TrainingExample]:
+    """Read the same one at a time.
+
+    Raises:
+        DataError: names the line and the field.
+    """
     try:
         with path.open(encoding="utf-8", newline="\n") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     try:
-                        examples.append(_read_example(json.loads(line)))
+                        yield _read_example(json.loads(line))
                     except (json.JSONDecodeError, RecursionError, RankOnceError) as error:
                         raise DataError(f"{path}: line {number}: {error}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
-    if not examples:
-        raise DataError(f"{path}: should hold at least one example")
-    return examples
 
 
 def _read_example(data: Any) -> TrainingExample:

@@ -15,8 +15,8 @@ import pytest
 from rankonce.cli.tasks import example_request
 from rankonce.errors import TaskError
 from rankonce.prompts.encoding import TextEncoder
-from rankonce.prompts.features import spell
 from rankonce.prompts.rendering import Renderer
+from rankonce.prompts.spelling import spell
 from rankonce.prompts.tasks import Task, library_tasks, load_task
 from rankonce.records import read_request
 from tests.conftest import build_tokenizer
