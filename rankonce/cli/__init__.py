@@ -19,6 +19,7 @@ from rankonce.cli.evaluate import evaluate
 from rankonce.cli.explain_prompt import explain_prompt
 from rankonce.cli.score import score
 from rankonce.cli.serve import serve
+from rankonce.cli.suite import suite
 from rankonce.cli.tasks import tasks
 from rankonce.cli.train import train
 from rankonce.errors import RankOnceError
@@ -30,7 +31,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, score, explain_prompt, tasks, datasets, serve, train, evaluate):
+for command in (demo, score, explain_prompt, tasks, datasets, serve, train, evaluate, suite):
     app.command()(command)
 app.add_typer(bench.app)
 

@@ -189,7 +189,8 @@ def explain(
         ],
         "history": {
             "policy": rendered.history.policy,
-            "num_tokens": _tokens_added(renderer, task, request, history=()),
+            "num_tokens": len(tokens.prefix_ids)
+            - _prefix_tokens(renderer, task, replace(request, history=())),
             "kept": [index for index in events if index not in rendered.history.dropped],
             "dropped": [
                 {"event": index, "reason": reason}
@@ -198,7 +199,8 @@ def explain(
         },
         "examples": {
             "num_examples": len(request.examples),
-            "num_tokens": _tokens_added(renderer, task, request, examples=()),
+            "num_tokens": len(tokens.prefix_ids)
+            - _prefix_tokens(renderer, task, replace(request, examples=())),
         },
         "layout": _layout(tokens, shown),
         "packed_tokens": len(tokens.prefix_ids) + sum(map(len, tokens.segment_ids)),
@@ -206,12 +208,8 @@ def explain(
     }
 
 
-def _tokens_added(
-    renderer: "Renderer", task: "Task", request: "ScoreRequest", **without: tuple[()]
-) -> int:
-    """Tokens of the prefix that it would not have without a part of the request."""
-    less = renderer.render(task, replace(request, **without)).tokens.prefix_ids
-    return len(renderer.render(task, request).tokens.prefix_ids) - len(less)
+def _prefix_tokens(renderer: "Renderer", task: "Task", request: "ScoreRequest") -> int:
+    return len(renderer.render(task, request).tokens.prefix_ids)
 
 
 def _prefix_pieces(encoder: "TextEncoder", task: "Task", prefix: str) -> list[dict[str, Any]]:
