@@ -128,9 +128,7 @@ def library_loaders(
     """
     loaders: dict[str, Loader] = {}
     left_out: dict[str, str] = {}
-    domains = {
-        source.name: source for source in TASK_SOURCES.values() if isinstance(source, Domain)
-    }
+    domains = {domain.name: domain for domain in SIMULATED}
     # Simulated when first wanted, once for all tasks of the domain.
     platform_of = cache(lambda name: build_platform(domains[name]))
     found = _find_folders(folder)

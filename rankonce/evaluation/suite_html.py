@@ -16,7 +16,6 @@ from rankonce.evaluation.suite_metrics import mean_of
 # Column of the main table, and the metric; each metric fits some tasks.
 _METRICS = {
     "UAUC": "uauc",
-    "accuracy": "accuracy",
     "NDCG@10": "ndcg@10",
     "log-loss": "log_loss",
     "NE": "normalised_entropy",

@@ -29,7 +29,7 @@ from rankonce.prompts.tasks import Task
 _SMALLEST_PROBABILITY = 1e-15
 # A share counts as if this many labels of the average had come before.
 _STRENGTH = 4.0
-_NUM_BINS = 10
+_MOST_BINS, _LEAST_IN_BIN = 10, 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,7 +240,7 @@ def estimate_all(
 ) -> dict[str, Estimate]:
     """Estimate every metric of the task with its standard error over members."""
     return {
-        name: bootstrap(weighted, rows.members_N, num_resamples=num_resamples, seed=seed)
+        name: _over_members(weighted, rows, num_resamples=num_resamples, seed=seed)
         for name, weighted in weighted_metrics(rows, scores).items()
     }
 
@@ -248,7 +248,7 @@ def estimate_all(
 def estimate_main(rows: Rows, scores: Scores, *, num_resamples: int, seed: int) -> Estimate:
     """Estimate the task's main metric."""
     weighted = weighted_metrics(rows, scores)[main_metric(rows.task)]
-    return bootstrap(weighted, rows.members_N, num_resamples=num_resamples, seed=seed)
+    return _over_members(weighted, rows, num_resamples=num_resamples, seed=seed)
 
 
 def estimate_difference(
@@ -257,12 +257,22 @@ def estimate_difference(
     """Estimate how much better the main metric is than with other scores of the same rows."""
     name = main_metric(rows.task)
     first, second = (weighted_metrics(rows, one)[name] for one in (scores, others))
-    return bootstrap(
+    return _over_members(
         lambda weights: first(weights) - second(weights),
-        rows.members_N,
+        rows,
         num_resamples=num_resamples,
         seed=seed,
     )
+
+
+def _over_members(
+    weighted: WeightedMetric, rows: Rows, *, num_resamples: int, seed: int
+) -> Estimate:
+    found = bootstrap(weighted, rows.members_N, num_resamples=num_resamples, seed=seed)
+    if len(set(rows.members_N.tolist())) > 1:
+        return found
+    # One member can only be drawn again and again, which tells nothing of the spread.
+    return Estimate(value=found.value, standard_error=np.nan, low=np.nan, high=np.nan)
 
 
 def mean_of(estimates: Sequence[Estimate]) -> Estimate:
@@ -289,17 +299,17 @@ def bucket_rows(rows: Rows, requests: Sequence[SuiteRequest]) -> Buckets:
     candidates = np.array([len(one.example.request.candidates) for one in requests])
     kinds: Buckets = {
         "events in the history": _ranges(rows.histories_N, (0, 5, 10, 100)),
-        "candidates": _ranges(candidates[rows.requests_N], (1, 5, 10, 50)),
+        "number of candidates": _ranges(candidates[rows.requests_N], (1, 5, 10, 50)),
     }
     if all(one.truth is not None for one in requests):
         kinds["place in the list"] = _ranges(rows.places_N + 1, (3, 6))
     if all(one.is_new_member is not None for one in requests):
         new = np.array([bool(one.is_new_member) for one in requests])[rows.requests_N]
-        kinds["member"] = {"new": new, "known": ~new}
+        kinds["what is known of the member"] = {"nothing": new, "something": ~new}
     if all(one.new_candidates is not None for one in requests):
         pairs = zip(rows.requests_N.tolist(), rows.places_N.tolist(), strict=True)
         fresh = np.array([(requests[i].new_candidates or ())[place] for i, place in pairs])
-        kinds["candidate"] = {"new": fresh, "known": ~fresh}
+        kinds["what is known of the candidate"] = {"nothing": fresh, "something": ~fresh}
     filled = {
         kind: {name: rows_N for name, rows_N in buckets.items() if rows_N.any()}
         for kind, buckets in kinds.items()
@@ -320,10 +330,9 @@ def reliability(rows: Rows, scores: Scores) -> list[tuple[float, float, int]]:
     else:
         asked = rows.task.label_names.index(str(rows.task.ranking.label))
         share, came = scores.probabilities_NL[:, asked], rows.grades
-    bins = np.array_split(np.argsort(share, kind="stable"), _NUM_BINS)
-    return [
-        (float(share[one].mean()), float(came[one].mean()), len(one)) for one in bins if len(one)
-    ]
+    num_bins = min(_MOST_BINS, max(1, len(share) // _LEAST_IN_BIN))
+    bins = np.array_split(np.argsort(share, kind="stable"), num_bins)
+    return [(float(share[one].mean()), float(came[one].mean()), len(one)) for one in bins]
 
 
 def _ranges(values_N: Ints, ends: Sequence[int]) -> dict[str, NDArray[np.bool_]]:

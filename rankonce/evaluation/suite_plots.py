@@ -168,20 +168,15 @@ def plot_all_reliability(report: SuiteReport) -> str:
 
     def paint(axes: "Axes") -> None:
         axes.plot([0, 1], [0, 1], color=FAINT, linewidth=1.2, linestyle=(0, (4, 3)))
-        named: set[str] = set()
-        for task in tasks:
-            label = None if task.group in named else task.group
-            named.add(task.group)
-            shares, came, _ = zip(*task.reliability, strict=True)
-            axes.plot(
-                shares,
-                came,
-                color=_GROUP_COLOURS[task.group],
-                alpha=0.4,
-                linewidth=1.2,
-                marker=".",
-                label="every task" if label == "unknown" else label,
-            )
+        for group in dict.fromkeys(task.group for task in tasks):
+            members = [task for task in tasks if task.group == group]
+            colour = _GROUP_COLOURS[group]
+            for task in members:
+                points = np.array(task.reliability)
+                axes.plot(points[:, 0], points[:, 1], color=colour, alpha=0.22, linewidth=1)
+            shares, came = _pool([one for task in members for one in task.reliability])
+            name = "all tasks" if group == "unknown" else f"{group} together"
+            axes.plot(shares, came, color=colour, linewidth=2.4, marker="o", label=name)
         axes.set(
             title="Reliability",
             xlabel="mean probability in a bin",
@@ -196,7 +191,7 @@ def plot_all_reliability(report: SuiteReport) -> str:
 
 
 def plot_reliability(task: TaskReport) -> str:
-    """One task's calibration; a point's size is its part of the rows."""
+    """One task's calibration; the bars are one standard error of the shares."""
 
     def paint(axes: "Axes") -> None:
         axes.plot([0, 1], [0, 1], color=FAINT, linewidth=1.2, linestyle=(0, (4, 3)))
@@ -237,6 +232,17 @@ def _value(task: TaskReport, ranker: str) -> float:
 def _arm_value(task: TaskReport, name: str) -> float:
     arm = task.arm(name)
     return math.nan if arm is None else arm.metrics[task.main].value
+
+
+def _pool(bins: Sequence[tuple[float, float, int]]) -> tuple[list[float], list[float]]:
+    """Join the bins of several tasks to at most ten of about equally many rows."""
+    ordered = np.array(sorted(bins))
+    counts = ordered[:, 2]
+    middles = (np.cumsum(counts) - counts / 2) / counts.sum()
+    places = np.minimum((middles * 10).astype(int), 9)
+    parts = [ordered[places == place] for place in np.unique(places)]
+    means = [np.average(part[:, :2], axis=0, weights=part[:, 2]) for part in parts]
+    return [float(one[0]) for one in means], [float(one[1]) for one in means]
 
 
 def _mean_of(tasks: Sequence[TaskReport], step: str) -> Estimate:
