@@ -186,8 +186,9 @@ def _find_folders(folder: Path | None) -> dict[str, Path]:
 def _load_simulated(
     platform_of: Callable[[str], Platform], domain: str, task: str, cut: TimeCut
 ) -> TaskRequests:
-    # A tenth more than the share asks for, since not every surface is visited evenly.
-    wanted = math.ceil(1.1 * (cut.limit or _MOST_SIMULATED) / _SIMULATED_TEST_SHARE)
+    # More than the share asks for, since not every surface is visited evenly; never fewer than
+    # the examples and the popularity of earlier requests can do with.
+    wanted = max(300, math.ceil(1.5 * (cut.limit or _MOST_SIMULATED) / _SIMULATED_TEST_SHARE))
     parts: dict[str, list[SuiteRequest]] = {"train": [], "valid": [], "test": []}
     for one in platform_of(domain).examples(task, min(_MOST_SIMULATED, wanted)):
         request_id = str(one.example.request.id)
