@@ -11,7 +11,7 @@ from rankonce.evaluation import suite_plots as plots
 from rankonce.evaluation.metrics import Estimate
 from rankonce.evaluation.suite import CEILING, FLOOR, RANKER, SuiteReport, TaskReport
 from rankonce.evaluation.suite_arms import BASE
-from rankonce.evaluation.suite_metrics import mean_of
+from rankonce.evaluation.suite_metrics import BUCKET_KINDS, mean_of
 
 # Column of the main table, and the metric; each metric fits some tasks.
 _METRICS = {
@@ -50,7 +50,7 @@ def render_page(report: SuiteReport, environment: Mapping[str, Any]) -> str:
     check_report()
     from jinja2 import Environment, StrictUndefined
 
-    measured = [task for task in report.tasks if not task.failure]
+    measured = plots.order_tasks(report)
     groups = {
         group: [task for task in measured if task.group == group]
         for group in _GROUPS
@@ -126,9 +126,9 @@ def _means(tasks: Sequence[TaskReport]) -> dict[str, Any]:
 
 
 def _changed_arms(tasks: Sequence[TaskReport]) -> list[str]:
-    """Arms that have numbers in any task."""
-    names = (a.name for t in tasks for a in t.arms if a.difference is not None)
-    return list(dict.fromkeys(names))
+    """Arms that have numbers in any task, in the order of the run."""
+    measured = {arm.name for task in tasks for arm in task.arms if arm.difference is not None}
+    return [arm.name for arm in tasks[0].arms if arm.name in measured] if tasks else []
 
 
 def _differences(tasks: Sequence[TaskReport], name: str) -> list[Estimate]:
@@ -138,15 +138,30 @@ def _differences(tasks: Sequence[TaskReport], name: str) -> list[Estimate]:
 
 def _bucket_tables(tasks: Sequence[TaskReport]) -> dict[str, dict[str, Any]]:
     """Give each kind's buckets in order, and each task's reports by the bucket."""
-    tables: dict[str, dict[str, Any]] = {}
+    kinds = {bucket.kind for task in tasks for bucket in task.buckets}
+    tables: dict[str, dict[str, Any]] = {
+        kind: {"names": [], "tasks": {}} for kind in BUCKET_KINDS if kind in kinds
+    }
     for task in tasks:
         for bucket in task.buckets:
-            table = tables.setdefault(bucket.kind, {"names": [], "tasks": {}})
+            table = tables[bucket.kind]
             if bucket.name not in table["names"]:
                 table["names"].append(bucket.name)
             table["tasks"].setdefault(task.task, {})[bucket.name] = bucket
     for table in tables.values():
         table["names"].sort(key=_bucket_order)
+        found = {
+            name: [t[name] for t in table["tasks"].values() if name in t] for name in table["names"]
+        }
+        table["rows"] = {name: sum(b.num_rows for b in buckets) for name, buckets in found.items()}
+        table["means"] = {
+            name: {
+                ranker: mean_of([b.estimates[ranker] for b in buckets if ranker in b.estimates])
+                for ranker in (RANKER, FLOOR, CEILING)
+                if any(ranker in b.estimates for b in buckets)
+            }
+            for name, buckets in found.items()
+        }
     return tables
 
 

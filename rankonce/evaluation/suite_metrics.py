@@ -288,33 +288,47 @@ def mean_of(estimates: Sequence[Estimate]) -> Estimate:
     return Estimate(value=value, standard_error=error, low=low, high=high)
 
 
+BUCKET_KINDS = (
+    "events in the history",
+    "number of candidates",
+    "place in the list",
+    "what is known of the member",
+    "what is known of the candidate",
+)
+# The main metric of fewer rows is mostly luck, and an average over tasks would count it in full.
+_LEAST_IN_BUCKET = 20
 Buckets = dict[str, dict[str, NDArray[np.bool_]]]
 
 
 def bucket_rows(rows: Rows, requests: Sequence[SuiteRequest]) -> Buckets:
     """Give the rows of every bucket, by kind and name; a kind with one bucket alone is left out.
 
-    Places count where a list was shown, which only a simulator knows; so does who is new.
+    So are buckets of fewer than 20 rows. Places count where a list was shown, which only a simulator knows; so does who is new.
     """
     candidates = np.array([len(one.example.request.candidates) for one in requests])
+    events, numbers, places, member, candidate = BUCKET_KINDS
     kinds: Buckets = {
-        "events in the history": _ranges(rows.histories_N, (0, 5, 10, 100)),
-        "number of candidates": _ranges(candidates[rows.requests_N], (1, 5, 10, 50)),
+        events: _ranges(rows.histories_N, (0, 5, 10, 100)),
+        numbers: _ranges(candidates[rows.requests_N], (1, 5, 10, 50)),
     }
     if all(one.truth is not None for one in requests):
-        kinds["place in the list"] = _ranges(rows.places_N + 1, (3, 6))
+        kinds[places] = _ranges(rows.places_N + 1, (3, 6))
     if all(one.is_new_member is not None for one in requests):
         new = np.array([bool(one.is_new_member) for one in requests])[rows.requests_N]
-        kinds["what is known of the member"] = {"nothing": new, "something": ~new}
+        kinds[member] = {"nothing": new, "something": ~new}
     if all(one.new_candidates is not None for one in requests):
         pairs = zip(rows.requests_N.tolist(), rows.places_N.tolist(), strict=True)
         fresh = np.array([(requests[i].new_candidates or ())[place] for i, place in pairs])
-        kinds["what is known of the candidate"] = {"nothing": fresh, "something": ~fresh}
+        kinds[candidate] = {"nothing": fresh, "something": ~fresh}
     filled = {
         kind: {name: rows_N for name, rows_N in buckets.items() if rows_N.any()}
         for kind, buckets in kinds.items()
     }
-    return {kind: buckets for kind, buckets in filled.items() if len(buckets) > 1}
+    return {
+        kind: {name: rows_N for name, rows_N in buckets.items() if rows_N.sum() >= _LEAST_IN_BUCKET}
+        for kind, buckets in filled.items()
+        if len(buckets) > 1
+    }
 
 
 def reliability(rows: Rows, scores: Scores) -> list[tuple[float, float, int]]:

@@ -65,7 +65,7 @@ def draw(label: str, size: tuple[float, float], paint: Callable[["Axes"], None])
 
 def plot_overview(report: SuiteReport) -> str:
     """The main metric of every task between its floor and its ceiling."""
-    tasks = _by_group(report)
+    tasks = order_tasks(report)
 
     def paint(axes: "Axes") -> None:
         places = np.arange(len(tasks))[::-1]
@@ -109,7 +109,7 @@ def plot_family(report: SuiteReport, family: str, title: str, label: str) -> str
         steps, ticks = [BASE, *(names[size] for size in sizes)], ["0", *map(str, sizes)]
     else:
         steps, ticks = [*(names[size] for size in sizes), BASE], [*map(str, sizes), "all"]
-    complete = [task for task in _by_group(report) if all(task.arm(step) for step in steps)]
+    complete = [task for task in order_tasks(report) if all(task.arm(step) for step in steps)]
 
     def paint(axes: "Axes") -> None:
         for task in complete:
@@ -142,7 +142,7 @@ def plot_family(report: SuiteReport, family: str, title: str, label: str) -> str
 
 def plot_titles(report: SuiteReport) -> str:
     """Bars from chance: with the titles as they are, and shuffled."""
-    tasks = [task for task in _by_group(report) if task.arm("titles shuffled")]
+    tasks = [task for task in order_tasks(report) if task.arm("titles shuffled")]
 
     def paint(axes: "Axes") -> None:
         places = np.arange(len(tasks))[::-1].astype(float)
@@ -164,7 +164,7 @@ def plot_titles(report: SuiteReport) -> str:
 
 def plot_all_reliability(report: SuiteReport) -> str:
     """Every task's calibration in one drawing."""
-    tasks = _by_group(report)
+    tasks = order_tasks(report)
 
     def paint(axes: "Axes") -> None:
         axes.plot([0, 1], [0, 1], color=FAINT, linewidth=1.2, linestyle=(0, (4, 3)))
@@ -249,7 +249,8 @@ def _mean_of(tasks: Sequence[TaskReport], step: str) -> Estimate:
     return mean_of([arm.metrics[task.main] for task in tasks if (arm := task.arm(step))])
 
 
-def _by_group(report: SuiteReport) -> list[TaskReport]:
+def order_tasks(report: SuiteReport) -> list[TaskReport]:
+    """Take the measured tasks, T1 first, those of one source together."""
     measured = [task for task in report.tasks if not task.failure]
     return sorted(measured, key=lambda task: (task.group, task.source, task.task))
 

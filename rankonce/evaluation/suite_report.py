@@ -95,12 +95,10 @@ def render_suite(report: SuiteReport) -> Table:
 
 
 def _arm_names(tasks: Sequence[TaskReport]) -> list[str]:
-    """Arms that changed anything in any task."""
-    return list(
-        dict.fromkeys(
-            arm.name for task in tasks for arm in task.arms if arm.name != BASE and not arm.left_out
-        )
-    )
+    """Arms that have numbers in any task, in the order of the run."""
+    measured = {arm.name for task in tasks for arm in task.arms if arm.difference is not None}
+    every = dict.fromkeys(arm.name for task in tasks for arm in task.arms)
+    return [name for name in every if name in measured]
 
 
 def _short(one: Estimate | None) -> str:
