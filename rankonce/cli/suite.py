@@ -96,10 +96,11 @@ def suite(
     """
     from rich.console import Console
 
-    from rankonce.evaluation.suite import SuiteConfig, run_suite, trained_tasks
+    from rankonce.evaluation.suite import run_suite, trained_tasks
     from rankonce.evaluation.suite_data import TimeCut, example_loaders, library_loaders
     from rankonce.evaluation.suite_html import check_report
     from rankonce.evaluation.suite_report import render_suite, write_suite
+    from rankonce.evaluation.suite_results import SuiteConfig
 
     if data is not None and examples:
         raise typer.BadParameter("is instead of --data", param_hint="--examples")

@@ -16,7 +16,6 @@ from rankonce.evaluation.suite_data import SuiteRequest, TaskRequests
 from rankonce.prompts.tasks import Task, field_names
 from rankonce.records import Event, Item, ScoreRequest, SolvedCandidate, Value
 
-BASE = "as it is"
 # Fields that hold what an item is called, the likeliest first.
 _TITLES = ("title", "text", "name")
 

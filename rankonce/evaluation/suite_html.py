@@ -9,9 +9,8 @@ from typing import Any
 from rankonce.errors import MissingDependencyError
 from rankonce.evaluation import suite_plots as plots
 from rankonce.evaluation.metrics import Estimate
-from rankonce.evaluation.suite import CEILING, FLOOR, RANKER, SuiteReport, TaskReport
-from rankonce.evaluation.suite_arms import BASE
 from rankonce.evaluation.suite_metrics import BUCKET_KINDS, mean_of
+from rankonce.evaluation.suite_results import BASE, CEILING, FLOOR, RANKER, SuiteReport, TaskReport
 
 # Column of the main table, and the metric; each metric fits some tasks.
 _METRICS = {

@@ -303,7 +303,8 @@ Buckets = dict[str, dict[str, NDArray[np.bool_]]]
 def bucket_rows(rows: Rows, requests: Sequence[SuiteRequest]) -> Buckets:
     """Give the rows of every bucket, by kind and name; a kind with one bucket alone is left out.
 
-    So are buckets of fewer than 20 rows. Places count where a list was shown, which only a simulator knows; so does who is new.
+    So are buckets of fewer than 20 rows. Places count where a list was shown, which only a
+    simulator knows; so does who is new.
     """
     candidates = np.array([len(one.example.request.candidates) for one in requests])
     events, numbers, places, member, candidate = BUCKET_KINDS

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rankonce.evaluation.metrics import Estimate
-from rankonce.evaluation.suite import CEILING, FLOOR, RANKER, SuiteReport, TaskReport
-from rankonce.evaluation.suite_arms import BASE
 from rankonce.evaluation.suite_metrics import mean_of
+from rankonce.evaluation.suite_results import BASE, CEILING, FLOOR, RANKER, SuiteReport, TaskReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

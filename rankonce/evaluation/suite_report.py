@@ -14,9 +14,16 @@ from rich.text import Text
 
 from rankonce.environment import describe_environment
 from rankonce.evaluation.metrics import Estimate
-from rankonce.evaluation.suite import CEILING, FLOOR, RANKER, ArmReport, SuiteReport, TaskReport
-from rankonce.evaluation.suite_arms import BASE
 from rankonce.evaluation.suite_html import render_page
+from rankonce.evaluation.suite_results import (
+    BASE,
+    CEILING,
+    FLOOR,
+    RANKER,
+    ArmReport,
+    SuiteReport,
+    TaskReport,
+)
 
 _COLUMNS: dict[str, Any] = {
     "task": pl.String,

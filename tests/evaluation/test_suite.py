@@ -16,17 +16,8 @@ import pytest
 
 from rankonce.errors import DataError
 from rankonce.evaluation.metrics import auc
-from rankonce.evaluation.suite import (
-    CEILING,
-    FLOOR,
-    RANKER,
-    SuiteConfig,
-    SuiteReport,
-    run_suite,
-    trained_tasks,
-)
+from rankonce.evaluation.suite import run_suite, trained_tasks
 from rankonce.evaluation.suite_arms import (
-    BASE,
     InapplicableArmError,
     make_arms,
     newest_events,
@@ -50,6 +41,14 @@ from rankonce.evaluation.suite_metrics import (
     weighted_concordance,
 )
 from rankonce.evaluation.suite_report import long_table, render_suite, write_suite
+from rankonce.evaluation.suite_results import (
+    BASE,
+    CEILING,
+    FLOOR,
+    RANKER,
+    SuiteConfig,
+    SuiteReport,
+)
 from rankonce.model.loading import LoadedModel
 from rankonce.prompts.tasks import Task, library_tasks
 from rankonce.ranker import Ranker
