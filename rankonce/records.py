@@ -94,6 +94,20 @@ class Event:
 
 @with_config(_STRICT)
 @dataclass(frozen=True, kw_only=True)
+class SolvedCandidate:
+    """A candidate whose answer the prompt shows, as an example of the task.
+
+    Attributes:
+        item: its fields are those of a candidate.
+        label: the name of one of the task's labels.
+    """
+
+    item: Item
+    label: Text
+
+
+@with_config(_STRICT)
+@dataclass(frozen=True, kw_only=True)
 class ScoreRequest:
     """One member or query, its history and its candidates, for one task.
 
@@ -102,6 +116,7 @@ class ScoreRequest:
         candidates: what is scored; at least one.
         profile: the fields of the member or query that the task declares.
         history: events in any order; the task's policy orders and bounds them.
+        examples: solved candidates that the prompt shows in this order, before the question.
         time: the moment of the request in Unix seconds; ages are counted back from it.
         id: the caller's own name for the request; returned unchanged.
     """
@@ -110,6 +125,7 @@ class ScoreRequest:
     candidates: tuple[Item, ...]
     profile: Mapping[str, Value] = field(default_factory=dict)
     history: tuple[Event, ...] = ()
+    examples: tuple[SolvedCandidate, ...] = ()
     time: Time | None = None
     id: Text | None = None
 

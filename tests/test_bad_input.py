@@ -56,6 +56,7 @@ def changed(*path: str | int, value: Any) -> Any:
     return data
 
 
+FILM = {"fields": {"title": "Up"}}
 FIELDS = ("candidates", 0, "fields")
 NAN, INFINITY = float("nan"), float("inf")
 REQUESTS: list[tuple[Any, str]] = [
@@ -117,6 +118,22 @@ REQUESTS: list[tuple[Any, str]] = [
     (
         changed("history", 0, "item", value={"fields": {}}),
         "history[0].item.fields.title: is required",
+    ),
+    (changed("examples", value={}), "examples: Input should be a valid tuple"),
+    (changed("examples", value=[{"label": "Yes"}]), "examples[0].item: Field required"),
+    (changed("examples", value=[{"item": FILM}]), "examples[0].label: Field required"),
+    (changed("examples", value=[{"item": FILM, "label": 1}]), "examples[0].label: Input should be"),
+    (
+        changed("examples", value=[{"item": FILM, "label": "Yes"}, {"item": FILM, "label": "yes"}]),
+        "examples[1].label: should be one of Yes, No, is 'yes'",
+    ),
+    (
+        changed("examples", value=[{"item": {"fields": {}}, "label": "No"}]),
+        "examples[0].item.fields.title: is required and missing",
+    ),
+    (
+        changed("examples", value=[{"item": {"fields": {"tone": "dark"}}, "label": "No"}]),
+        "examples[0].item.fields.tone: unknown field",
     ),
 ]
 

@@ -22,6 +22,7 @@ from rankonce.cli.instruct import instruct
 from rankonce.cli.pretrain import pretrain
 from rankonce.cli.score import score
 from rankonce.cli.serve import serve
+from rankonce.cli.suite import suite
 from rankonce.cli.tasks import tasks
 from rankonce.cli.train import train
 from rankonce.errors import RankOnceError
@@ -45,6 +46,7 @@ for command in (
     instruct,
     finetune,
     evaluate,
+    suite,
 ):
     app.command()(command)
 app.add_typer(bench.app)

@@ -200,12 +200,18 @@ def explain(
         ],
         "history": {
             "policy": rendered.history.policy,
-            "num_tokens": len(tokens.prefix_ids) - _tokens_without_history(renderer, task, request),
+            "num_tokens": len(tokens.prefix_ids)
+            - _prefix_tokens(renderer, task, replace(request, history=())),
             "kept": [index for index in events if index not in rendered.history.dropped],
             "dropped": [
                 {"event": index, "reason": reason}
                 for index, reason in rendered.history.dropped.items()
             ],
+        },
+        "examples": {
+            "num_examples": len(request.examples),
+            "num_tokens": len(tokens.prefix_ids)
+            - _prefix_tokens(renderer, task, replace(request, examples=())),
         },
         "layout": _layout(tokens, shown),
         "packed_tokens": len(tokens.prefix_ids) + sum(map(len, tokens.segment_ids)),
@@ -213,8 +219,8 @@ def explain(
     }
 
 
-def _tokens_without_history(renderer: "Renderer", task: "Task", request: "ScoreRequest") -> int:
-    return len(renderer.render(task, replace(request, history=())).tokens.prefix_ids)
+def _prefix_tokens(renderer: "Renderer", task: "Task", request: "ScoreRequest") -> int:
+    return len(renderer.render(task, request).tokens.prefix_ids)
 
 
 def _prefix_pieces(encoder: "TextEncoder", task: "Task", prefix: str) -> list[dict[str, Any]]:
@@ -303,6 +309,7 @@ def write_explanation(explanation: Mapping[str, Any]) -> str:
         f"{num_kept} of {num_kept + num_dropped} events kept, which adds "
         f"{history['num_tokens']} tokens to the prefix",
         *(f"history[{one['event']}] dropped: {one['reason']}" for one in history["dropped"]),
+        *_examples_part(explanation["examples"]),
         "── layout ──",
         *_layout_table(explanation["layout"]),
         "── cost ──",
@@ -312,6 +319,16 @@ def write_explanation(explanation: Mapping[str, Any]) -> str:
         *(f"{_title(one)}: {_compared(one)}" for one in explanation["candidates"]),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _examples_part(examples: Mapping[str, int]) -> list[str]:
+    if not examples["num_examples"]:
+        return []
+    return [
+        "── examples ──",
+        f"{examples['num_examples']} solved candidates, which add {examples['num_tokens']} tokens "
+        "to the prefix",
+    ]
 
 
 def _title(candidate: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from rankonce.records import ScoreRequest, read_request
 
 STDIN = Path("-")
 _ROWS_AT_ONCE = 64
-_NESTED_COLUMNS = ("profile", "history", "candidates")
+_NESTED_COLUMNS = ("profile", "history", "examples", "candidates")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,6 @@ from numpy.typing import ArrayLike
 from rankonce.errors import DataError
 from rankonce.evaluation.weighted_metrics import (
     METRICS,
-    Ints,
     WeightedMetric,
     check_lengths,
     number_values,
@@ -192,8 +191,8 @@ def bootstrap_over_members(
         seed: the same seed draws the same members, for every metric and model.
     """
     weighted = _prepare(metric)(labels, scores, members)
-    codes = number_values("members", members, np.size(labels))
-    return _bootstrap(weighted, codes, num_resamples, seed)
+    check_lengths(np.size(labels), members=np.asarray(members))
+    return bootstrap(weighted, members, num_resamples=num_resamples, seed=seed)
 
 
 def paired_bootstrap_over_members(
@@ -213,8 +212,13 @@ def paired_bootstrap_over_members(
     """
     first = _prepare(metric)(labels, scores, members)
     second = _prepare(metric)(labels, other_scores, members)
-    codes = number_values("members", members, np.size(labels))
-    return _bootstrap(lambda weights: first(weights) - second(weights), codes, num_resamples, seed)
+    check_lengths(np.size(labels), members=np.asarray(members))
+    return bootstrap(
+        lambda weights: first(weights) - second(weights),
+        members,
+        num_resamples=num_resamples,
+        seed=seed,
+    )
 
 
 def _prepare(metric: str) -> Callable[[ArrayLike, ArrayLike, ArrayLike], WeightedMetric]:
@@ -223,11 +227,18 @@ def _prepare(metric: str) -> Callable[[ArrayLike, ArrayLike, ArrayLike], Weighte
     return METRICS[metric]
 
 
-def _bootstrap(
-    weighted: WeightedMetric, member_codes: Ints, num_resamples: int, seed: int
+def bootstrap(
+    weighted: WeightedMetric, members: ArrayLike, *, num_resamples: int = 200, seed: int = 0
 ) -> Estimate:
+    """Estimate any function of the rows' weights, members drawn with replacement.
+
+    Args:
+        members: the member of each row.
+        num_resamples, seed: as in ``bootstrap_over_members``.
+    """
     if num_resamples < 2:
         raise DataError(f"num_resamples: should be at least 2, not {num_resamples}")
+    member_codes = number_values("members", members, np.size(members))
     value = weighted(np.ones(len(member_codes)))
     num_members = len(np.unique(member_codes))
     # Without members nothing is drawn, but the generator still wants a chance.

@@ -1,7 +1,7 @@
 """A request and its task become text, and the text becomes token ids.
 
-prefix    instruction · profile · history · question      read once
-segment   candidate · answer slot                         once a candidate
+prefix    instruction · profile · history · examples · question      read once
+segment   candidate · answer slot                                    once a candidate
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,6 +15,8 @@ from rankonce.prompts.labels import resolve_labels
 from rankonce.prompts.spelling import spell, spell_age
 from rankonce.prompts.tasks import Lines, Task, field_names
 from rankonce.records import Event, HistoryReport, ScoreRequest, Value
+
+_EXAMPLES_HEADING = "Examples with their answers:"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +60,7 @@ class Renderer:
         """Render a request.
 
         The history is shortened by the task's policy, to the task's budget or to what the model's
-        context leaves, and the report says so. Nothing else is ever shortened.
+        context leaves, and the report says so. Nothing else is ever shortened, examples neither.
 
         Raises:
             RequestError: names the field that is missing, unknown or has a value of another type.
@@ -73,16 +75,19 @@ class Renderer:
         ]
         segment_ids = self.encoder.encode_segments(segments)
         longest = max(map(len, segment_ids))
-        events = _write_events(task, request)
-        bare = self.encoder.encode_prefix(task.instruction, _body(task, request, []))
-        room = self.max_prompt_tokens - longest - len(bare)
+        events, examples = _write_events(task, request), _write_examples(task, request)
+        body = _body(task, request, [], examples)
+        prefix_ids = self.encoder.encode_prefix(task.instruction, body)
+        room = self.max_prompt_tokens - longest - len(prefix_ids)
         if room < 0:
+            fits = bool(examples) and self._fits_without_examples(task, request, longest)
+            place = [len(ids) for ids in segment_ids].index(longest)
             raise PromptTooLongError(
-                f"candidates[{[len(ids) for ids in segment_ids].index(longest)}]: the prompt has "
-                f"{len(bare) + longest} tokens without any history, the model takes "
+                f"{'examples' if fits else f'candidates[{place}]'}: the prompt has "
+                f"{len(prefix_ids) + longest} tokens without any history, the model takes "
                 f"{self.max_prompt_tokens}"
+                + (f"; without the {len(examples)} examples it would fit" if fits else "")
             )
-        body, prefix_ids = _body(task, request, []), bare
         report = HistoryReport(policy="none", num_events=0, num_kept=0)
         if task.history is not None:
             event_tokens = self.encoder.count_tokens(events)
@@ -96,7 +101,7 @@ class Renderer:
                     task.history,
                     max_tokens=budget,
                 )
-                body = _body(task, request, [events[index] for index in kept])
+                body = _body(task, request, [events[index] for index in kept], examples)
                 prefix_ids = self.encoder.encode_prefix(task.instruction, body)
                 # The heading may be longer than the line that stands for an empty history.
                 excess = len(prefix_ids) + longest - self.max_prompt_tokens
@@ -110,16 +115,22 @@ class Renderer:
             ),
         )
 
+    def _fits_without_examples(self, task: Task, request: ScoreRequest, longest: int) -> bool:
+        ids = self.encoder.encode_prefix(task.instruction, _body(task, request, [], []))
+        return len(ids) + longest <= self.max_prompt_tokens
+
     def _frame(self, instruction: str, body: str) -> str:
         between = self.encoder.middle or "\n"
         return f"{self.encoder.head}{instruction}{between}{body}"
 
 
-def _body(task: Task, request: ScoreRequest, events: Sequence[str]) -> str:
+def _body(task: Task, request: ScoreRequest, events: Sequence[str], examples: Sequence[str]) -> str:
     """Everything of the prefix after the instruction; ends with a line break."""
     lines = _write_lines(task.profile, request.profile, "profile")
     if task.history is not None:
         lines += [task.history.heading, *events] if events else [task.history.empty]
+    if examples:
+        lines += [_EXAMPLES_HEADING, *examples]
     if task.question_in == "prefix":
         lines.append(task.question)
     return "".join(f"{line}\n" for line in lines)
@@ -135,6 +146,25 @@ def _segment_lines(task: Task, fields: Mapping[str, Value], path: str) -> list[s
 
 def _join(lines: Sequence[str]) -> str:
     return "\n".join(lines)
+
+
+def _write_examples(task: Task, request: ScoreRequest) -> list[str]:
+    """Write solved candidates as the segments are, with the label in the answer slot.
+
+    In a chat prompt as well: the answer slot there is the turn of the model, which cannot stand
+    inside that of the member.
+    """
+    texts = []
+    for index, example in enumerate(request.examples):
+        path = f"examples[{index}]"
+        if example.label not in task.label_names:
+            raise RequestError(
+                f"{path}.label: should be one of {', '.join(task.label_names)}, is "
+                f"{example.label!r}"
+            )
+        lines = _segment_lines(task, example.item.fields, f"{path}.item.fields")
+        texts.append(_join([*lines, f"{task.answer_slot} {example.label}"]))
+    return texts
 
 
 def _write_events(task: Task, request: ScoreRequest) -> list[str]:

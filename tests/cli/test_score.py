@@ -175,7 +175,9 @@ def test_a_candidate_without_a_line_is_rejected_and_the_run_goes_on(
     assert (reject["line"], reject["reason"]) == (2, reason)
 
 
-@pytest.mark.parametrize("as_text", [(), ("candidates",), ("profile", "history", "candidates")])
+@pytest.mark.parametrize(
+    "as_text", [(), ("candidates",), ("profile", "history", "examples", "candidates")]
+)
 def test_parquet_rows_score_as_json_lines(
     run: Command,
     model: Path,
@@ -187,6 +189,7 @@ def test_parquet_rows_score_as_json_lines(
     varied = [dict(request) for request in requests]
     varied[1] = {k: v for k, v in varied[1].items() if k not in ("profile", "history", "time")}
     varied[2]["candidates"] = [{"fields": {"title": "Up", "num_raters": 7}}]
+    varied[3]["examples"] = [{"item": {"fields": {"title": "Ran"}}, "label": "No"}]
     rows = [
         {k: json.dumps(v) if k in as_text else v for k, v in request.items()} for request in varied
     ]

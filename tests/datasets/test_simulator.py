@@ -15,7 +15,7 @@ import pytest
 
 from rankonce.cli.tasks import example_request
 from rankonce.datasets.domains import SIMULATED, TASK_SOURCES
-from rankonce.datasets.domains.films import FILM_TASKS, film_examples
+from rankonce.datasets.domains.films import FILM_TASKS, film_examples, film_examples_by_member
 from rankonce.datasets.domains.platform import (
     Domain,
     Platform,
@@ -235,6 +235,7 @@ def test_cold_members_and_items_are_marked(task: str) -> None:
     members: set[int] = set()
     for row, simulated in enumerate(examples_of(source.name, task)):
         time, items = int(scene.times_R[row]), scene.candidates_RC[row].tolist()
+        assert simulated.member == int(scene.members_R[row])
         assert simulated.cold_member == (int(scene.members_R[row]) not in members)
         assert simulated.cold_candidates == tuple(
             first_seen.get(item, time) >= time for item in items
@@ -551,6 +552,22 @@ def test_later_ratings_change_no_earlier_film_request(
 def test_a_film_history_lies_strictly_before_its_request(films: Path, task: str) -> None:
     for example in film_examples(task, films):
         assert all(event.time < (example.request.time or 0) for event in example.request.history)
+
+
+@pytest.mark.parametrize("task", ["movie-like", "movie-next", "movie-rating"])
+def test_a_film_request_bears_the_member_whose_history_it_tells(films: Path, task: str) -> None:
+    titles = pl.read_parquet(films / "items.parquet")["title"].to_list()
+    ratings = pl.read_parquet(films / "ratings.parquet")
+    rated = {
+        (user, titles[film], float(time))
+        for user, film, time in ratings.select("user_id", "item_id", "timestamp").iter_rows()
+    }
+    made = list(film_examples_by_member(task, films))
+    assert [example for _, example in made] == list(film_examples(task, films))
+    assert len({user for user, _ in made}) == 20
+    for user, example in made:
+        for event in example.request.history:
+            assert (user, event.item.fields["title"], event.time) in rated
 
 
 def test_films_without_ratings_are_refused(tmp_path: Path) -> None:

@@ -117,6 +117,20 @@ def test_rank_reports_history_usage_and_warnings(plain: Served) -> None:
     assert again["computed_tokens"] == usage["prompt_tokens"] - again["cached_tokens"]
 
 
+def test_rank_shows_the_model_solved_candidates(plain: Served) -> None:
+    solved = {"item": {"fields": {"title": "Ran (1985)"}}, "label": "No"}
+    question = {**asdict(build_request(4)), "examples": [solved]}
+    values = [result["value"] for result in _post(plain.http, "/v1/rank", question)["results"]]
+    expected = plain.ranker.score(read_request(question)).candidates
+    assert values == pytest.approx([candidate.value for candidate in expected], abs=1e-4)
+    bare = plain.ranker.score(build_request(4)).candidates
+    assert values != pytest.approx([candidate.value for candidate in bare], abs=1e-3)
+    wrong = {**question, "examples": [{**solved, "label": "Maybe"}]}
+    answer = plain.http.post("/v1/rank", json=wrong)
+    assert answer.status_code == 400
+    assert "examples[0].label: should be one of Yes, No" in answer.text
+
+
 @pytest.mark.parametrize("path", ["/v1/rerank", "/rerank", "/v2/rerank"])
 def test_rerank_takes_the_form_of_cohere(plain: Served, path: str) -> None:
     question = {"model": "tiny", "query": "Heat", "documents": DOCUMENTS, "top_n": 2}

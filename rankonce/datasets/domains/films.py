@@ -138,10 +138,20 @@ def film_examples(task: str, folder: Path, *, seed: int = 0) -> Iterator[Trainin
     Raises:
         DataError: a file or a column is missing.
     """
+    for _, example in film_examples_by_member(task, folder, seed=seed):
+        yield example
+
+
+def film_examples_by_member(
+    task: str, folder: Path, *, seed: int = 0
+) -> Iterator[tuple[int, TrainingExample]]:
+    """Make the examples of ``film_examples``, each with the user_id of its member."""
     if task == "movie-like":
-        yield from movie_examples(
-            movie_rows(*read_ml_small(folder)), candidates_per_example=_CANDIDATES
-        )
+        movies = movie_rows(*read_ml_small(folder))
+        users = movies.rows["user_id"].to_list()
+        for example in movie_examples(movies, candidates_per_example=_CANDIDATES):
+            # The candidates of this task bear the numbers of their rows.
+            yield users[int(str(example.request.candidates[0].id))], example
         return
     data, made = FilmData(folder), FILM_TASKS[task]
     asked = [a for a in made.ask(data, np.random.default_rng(seed)) if a.films]
@@ -150,23 +160,22 @@ def film_examples(task: str, folder: Path, *, seed: int = 0) -> Iterator[Trainin
     for number, one in enumerate(asked):
         rows = range(row, row + len(one.films))
         row = rows.stop
-        yield TrainingExample(
-            request=ScoreRequest(
-                task=task,
-                id=f"{task}-{number}",
-                time=float(one.time),
-                profile={**one.profile, **_pick(made.profile, numbers, rows[0])},
-                history=_history(data, one, made),
-                candidates=tuple(
-                    Item(
-                        id=str(film),
-                        fields={**data.films[film], **_pick(made.candidate, numbers, place)},
-                    )
-                    for place, (film, _) in zip(rows, one.films, strict=True)
-                ),
+        request = ScoreRequest(
+            task=task,
+            id=f"{task}-{number}",
+            time=float(one.time),
+            profile={**one.profile, **_pick(made.profile, numbers, rows[0])},
+            history=_history(data, one, made),
+            candidates=tuple(
+                Item(
+                    id=str(film),
+                    fields={**data.films[film], **_pick(made.candidate, numbers, place)},
+                )
+                for place, (film, _) in zip(rows, one.films, strict=True)
             ),
-            labels=tuple(label for _, label in one.films),
         )
+        labels = tuple(label for _, label in one.films)
+        yield one.user, TrainingExample(request=request, labels=labels)
 
 
 def _pick(

@@ -92,6 +92,7 @@ class SimulatedExample:
     Attributes:
         truth: for every candidate the exact probability of each label.
         split: by the time of the request.
+        member: who asks; -1 where it is no member.
         cold_member: the log has nothing of the member before the request.
         cold_candidates: for every candidate, whether the log has nothing of the item before.
     """
@@ -99,6 +100,7 @@ class SimulatedExample:
     example: TrainingExample
     truth: tuple[Mapping[str, float], ...]
     split: Split
+    member: int
     cold_member: bool
     cold_candidates: tuple[bool, ...]
 
@@ -173,6 +175,7 @@ class Platform:
                 ),
                 truth=tuple(dict(zip(label_names, shares, strict=True)) for shares in truths[row]),
                 split=split_of(self.world.config, time),
+                member=member,
                 cold_member=not known_member[row],
                 cold_candidates=tuple((~known_item[row]).tolist()),
             )
