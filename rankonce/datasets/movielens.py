@@ -10,7 +10,6 @@ known of the train rows only, and a history in which they stop while likes go on
 ranker what is no more true when it serves. They count in the numbers.
 """
 
-import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,6 @@ import polars as pl
 from rankonce.datasets.statistics import read_past, read_questions, read_whole_numbers
 from rankonce.errors import DataError
 from rankonce.prompts.features import (
-    MONTH,
     Floats,
     PastEvents,
     Questions,
@@ -33,27 +31,22 @@ from rankonce.prompts.features import (
     genre_rates,
     history_share,
     item_rates,
-    mean_of_history,
     member_rates,
     overall_share,
-    popularity_percentile,
 )
 from rankonce.records import Event, Item, ScoreRequest, TrainingExample, Value
 
 TASK = "movie-like"
-# A film's or member's share counts as if this many rows of the average had come before; chosen on
-# the later fifth of MovieLens-1M's train rows.
-_FILM_STRENGTH, _MEMBER_STRENGTH = 5.0, 20.0
-# Likes whose quality the profile says apart from all others.
-_NEWEST = 5
+# A film's or member's share counts as if this many rows of the average had come before.
+_FILM_STRENGTH, _MEMBER_STRENGTH, _NEIGHBOUR_STRENGTH = 5.0, 10.0, 10.0
 
 # What the candidates and the profile say, by the names of the task's fields.
 _CANDIDATE_FIELDS = (
-    "expected_like_share", "num_raters", "like_share", "genre_affinity", "popularity",
-    "co_liked", "closest_co_liked", "year_gap",
+    "expected_like_share", "num_raters", "like_share", "genre_like_share",
+    "neighbour_like_share", "co_liked", "closest_co_liked",
 )  # fmt: skip
-_PROFILE_FIELDS = ("num_ratings", "member_like_share", "liked_share", "newly_liked_share")
-_MEMBER_FIELDS = ("genre_affinity", "num_ratings", "member_like_share")
+_PROFILE_FIELDS = ("num_ratings", "member_like_share", "liked_share")
+_MEMBER_FIELDS = ("genre_like_share", "num_ratings", "member_like_share")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,16 +173,18 @@ def movie_numbers(
     overall = overall_share(past, asked)
     item, member = item_rates(past, asked), member_rates(past, asked)
     genre = genre_rates(past, asked, genres_by_item=genres)
-    years = {film: year for film, fields in films.items() if (year := _year(fields)) is not None}
-    own_year = np.array([years.get(film, np.nan) for film in asked.items.tolist()])
     film_share = item.share(prior=overall, strength=_FILM_STRENGTH)
-    # A history may go on where the known rows of its member have ended.
-    has_history = np.array([len(history) > 0 for history in asked.histories or ()])
-    co_liked = closest = np.full(len(overall), np.nan)
+    member_share = member.share(prior=overall, strength=_MEMBER_STRENGTH)
+    co_liked = closest = neighbour_share = np.full(len(overall), np.nan)
     if past.histories is not None:
         neighbours = co_liked_neighbours(past, asked)
+        has_history = np.array([len(history) > 0 for history in asked.histories or ()])
         co_liked = np.where(has_history, neighbours.mean_cosine, np.nan)
         closest = np.where(has_history, neighbours.max_cosine, np.nan)
+        rates = Rates(counts=neighbours.counts, likes=neighbours.likes)
+        neighbour_share = np.where(
+            rates.counts > 0, rates.share(prior=film_share, strength=_NEIGHBOUR_STRENGTH), np.nan
+        )
     taught = _with_priors(item, asked, priors or {})
 
     def expect(rates: Rates) -> Floats:
@@ -208,21 +203,17 @@ def movie_numbers(
         "taught_film_share": taught.share(prior=overall, strength=_FILM_STRENGTH),
         "num_raters": item.counts,
         "like_share": np.where(item.counts > 0, film_share, np.nan),
-        "genre_affinity": np.where(
+        "genre_like_share": np.where(
             np.nan_to_num(genre.counts) > 0,
-            genre_affinity(genre, member, overall=overall),
+            genre_affinity(genre, member, overall=overall, strength=_MEMBER_STRENGTH),
             np.nan,
         ),
-        "popularity": popularity_percentile(past, asked, period_s=MONTH),
+        "neighbour_like_share": neighbour_share,
         "co_liked": co_liked,
         "closest_co_liked": closest,
-        "year_gap": own_year - mean_of_history(asked, years),
         "num_ratings": member.counts,
-        "member_like_share": np.where(
-            member.counts > 0, member.share(prior=overall, strength=_FILM_STRENGTH), np.nan
-        ),
+        "member_like_share": np.where(member.counts > 0, member_share, np.nan),
         "liked_share": history_share(past, asked),
-        "newly_liked_share": history_share(past, asked, newest=_NEWEST),
     }
 
 
@@ -371,9 +362,3 @@ def _label(liked: int, expected: float, smoothing: float) -> str | dict[str, flo
 def _genres(fields: Mapping[str, Value]) -> list[str]:
     genres = fields.get("genres")
     return genres if isinstance(genres, list) else []
-
-
-def _year(fields: Mapping[str, Value]) -> float | None:
-    """The year at a title's end."""
-    found = re.search(r"\((\d{4})\)\s*$", str(fields["title"]))
-    return float(found.group(1)) if found else None

@@ -18,8 +18,6 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 WEEK, MONTH = 7 * 86_400, 30 * 86_400
-# Events that a prior is worth where an affinity is shrunk.
-_AFFINITY_STRENGTH = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,15 +162,20 @@ def genre_rates(
     return Rates(counts=mean[0], likes=mean[1])
 
 
-def genre_affinity(genre: Rates, member: Rates, *, overall: Floats) -> Floats:
-    """How much more (above 0) or less the member likes the item's genres than films at large.
+def genre_affinity(genre: Rates, member: Rates, *, overall: Floats, strength: float) -> Floats:
+    """The member's like share of the item's genres, shrunk towards that of everything.
 
-    The difference of two shrunken shares, in -1..1; 0 where nothing is known of the genres.
+    Args:
+        genre, member: the member's rates with the item's genres and with all items.
+        strength: events that a prior is worth: the overall share in the member's, and the
+            member's in that of the genres.
+
+    Returns:
+        Shares in 0..1; the member's own where nothing is known of the genres.
     """
-    usual = member.share(prior=overall, strength=_AFFINITY_STRENGTH)
+    usual = member.share(prior=overall, strength=strength)
     counts, likes = (np.nan_to_num(values) for values in (genre.counts, genre.likes))
-    share = smoothed_share(likes, counts, prior=usual, strength=_AFFINITY_STRENGTH)
-    return share - usual
+    return smoothed_share(likes, counts, prior=usual, strength=strength)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,20 +266,6 @@ def history_share(
         counts[1], counts[0], prior=overall_share(past, asked)[rows], strength=strength
     )
     return _mean_by_row(rows, shares, len(asked.items))
-
-
-def mean_of_history(asked: Questions, values: Mapping[int, float]) -> Floats:
-    """Mean of a number of the films that the member had liked, as their years; nan without any.
-
-    Raises:
-        DataError: histories are missing.
-    """
-    if asked.histories is None:
-        raise DataError("histories: should be given for the questions")
-    rows, liked = _explode(asked.histories)
-    numbers = np.array([values.get(item, np.nan) for item in liked.tolist()], dtype=np.float64)
-    known = ~np.isnan(numbers)
-    return _mean_by_row(rows[known], numbers[known], len(asked.items))
 
 
 def smoothed_share(

@@ -28,12 +28,12 @@ from rankonce.training.stages import Stage, StageSource, Tasks, fingerprint_file
 _FIRST_SHARE = 0.3
 # Examples in which nothing is said of the member but the history: a third of the members that are
 # served later have no rating among the train rows.
-_NEWCOMERS = 0.3
+_NEWCOMERS = 0.2
 # Part of a label that is what the averages lead one to expect.
-_SMOOTHING = 0.6
+_SMOOTHING = 0.3
 _CANDIDATES = 24
 # How often an epoch of the catalogue asks of every film.
-_CATALOGUE_TIMES = 10
+_CATALOGUE_TIMES = 8
 # When MovieLens-1M was rated; its members may be in other sets of MovieLens too.
 _ML1M_SINCE, _ML1M_UNTIL = 954_547_200, 1_049_155_200
 # Of every member's rows, the newest.

@@ -20,7 +20,6 @@ from rankonce.prompts.features import (
     genre_rates,
     history_share,
     item_rates,
-    mean_of_history,
     member_rates,
     overall_share,
     popularity_percentile,
@@ -77,7 +76,8 @@ def expected_of(past: PastEvents, asked: Questions) -> np.ndarray:
 
 def affinity_of(past: PastEvents, asked: Questions) -> np.ndarray:
     genre = genre_rates(past, asked, genres_by_item=GENRES)
-    return genre_affinity(genre, member_rates(past, asked), overall=overall_share(past, asked))
+    overall = overall_share(past, asked)
+    return genre_affinity(genre, member_rates(past, asked), overall=overall, strength=10.0)
 
 
 def neighbours_of(name: str) -> Callable[[PastEvents, Questions], np.ndarray]:
@@ -220,24 +220,12 @@ def test_expectations_add_what_item_and_member_deviate() -> None:
     assert odds(found) == pytest.approx(expected)
 
 
-def test_affinity_is_above_zero_for_genres_that_the_member_likes_more_than_others() -> None:
+def test_affinity_is_higher_for_genres_that_the_member_likes_more_than_others() -> None:
     events = [(1, 0, t, 1) for t in range(4)] + [(1, 3, t, 0) for t in range(4)]
     asked = build_questions([(1, 0, 9, 0), (1, 3, 9, 0), (1, 2, 9, 0), (7, 0, 9, 0)])
-    liked, disliked, unknown, nobody = affinity_of(build_past(events), asked)
+    found = affinity_of(build_past(events), asked)
     # 4 of 4 dramas, 0 of 4 others, shrunk by ten events towards the half that the member likes.
-    assert (liked, disliked) == pytest.approx((2 / 14, -2 / 14))
-    assert unknown == nobody == 0.0
-
-
-def test_the_mean_of_a_history_leaves_out_what_is_not_known() -> None:
-    asked = Questions(
-        members=ints([1, 1]),
-        items=ints([5, 5]),
-        moments=ints([1, 1]),
-        histories=[[1, 2, 3], []],
-    )
-    found = mean_of_history(asked, {1: 1990.0, 2: 2000.0})
-    np.testing.assert_array_equal(found, [1995.0, np.nan])
+    assert found == pytest.approx([9 / 14, 5 / 14, 0.5, 0.5])
 
 
 @pytest.mark.parametrize("feature", [co_liked_neighbours, history_share])
