@@ -104,6 +104,8 @@ class ScoreRequest:
         history: events in any order; the task's policy orders and bounds them.
         time: the moment of the request in Unix seconds; ages are counted back from it.
         id: the caller's own name for the request; returned unchanged.
+        adapter: the name of an adapter that is loaded, or empty for the backbone alone; without
+            one the adapter that learnt the task scores, if there is one.
     """
 
     task: Text
@@ -112,6 +114,7 @@ class ScoreRequest:
     history: tuple[Event, ...] = ()
     time: Time | None = None
     id: Text | None = None
+    adapter: Text | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +191,7 @@ class ScoreResult:
         candidates: in the request's own order.
         distinct_score_ratio: distinct values over candidates with distinct text; 1.0 is healthy.
         warnings: what the caller should know, in words.
+        adapter: the adapter that scored; ``None`` is the backbone alone.
     """
 
     id: str | None
@@ -197,6 +201,7 @@ class ScoreResult:
     usage: TokenUsage
     distinct_score_ratio: float
     warnings: tuple[str, ...] = ()
+    adapter: str | None = None
 
     def ranked(self) -> list[CandidateScore]:
         """Return the candidates, best first."""

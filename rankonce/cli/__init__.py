@@ -18,6 +18,7 @@ from rankonce.cli.demo import demo
 from rankonce.cli.evaluate import evaluate
 from rankonce.cli.explain_prompt import explain_prompt
 from rankonce.cli.finetune import finetune
+from rankonce.cli.merge import merge
 from rankonce.cli.score import score
 from rankonce.cli.serve import serve
 from rankonce.cli.tasks import tasks
@@ -31,7 +32,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, score, explain_prompt, tasks, datasets, serve, train, finetune, evaluate):
+for command in (
+    *(demo, score, explain_prompt, tasks, datasets, serve),
+    *(train, finetune, merge, evaluate),
+):
     app.command()(command)
 app.add_typer(bench.app)
 

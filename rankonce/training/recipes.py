@@ -14,6 +14,7 @@ from rankonce.datasets.statistics import read_whole_numbers
 from rankonce.errors import TrainingError
 from rankonce.prompts.tasks import Task
 from rankonce.records import TrainingExample
+from rankonce.training.adapters import AdapterConfig
 from rankonce.training.loop import TrainConfig
 from rankonce.training.runs import Evaluate, run_stages
 from rankonce.training.stages import Stage, StageSource, Tasks, fingerprint_files, label_source
@@ -141,6 +142,7 @@ def run_recipe(
     model: str | None = None,
     tasks: Iterable[Task] = (),
     evaluate: Evaluate | None = None,
+    adapter: AdapterConfig | None = None,
 ) -> None:
     """Run the stages of a recipe; see ``run_stages``."""
     run_stages(
@@ -153,6 +155,7 @@ def run_recipe(
         model=model,
         tasks=tasks,
         evaluate=evaluate,
+        adapter=adapter,
     )
 
 
