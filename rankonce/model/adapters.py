@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from transformers.utils.hub import cached_file
 
 from rankonce.errors import MissingDependencyError, ModelError
+from rankonce.model.precision import import_bitsandbytes
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -238,6 +240,9 @@ def inject_adapter(network: Any, config: Any, key: str) -> None:
         ValueError: PEFT finds no such layers.
         ModelError: the head or the embeddings are among them.
     """
+    # PEFT imports it where it is installed, whatever the layers are.
+    if find_spec("bitsandbytes") is not None:
+        import_bitsandbytes()
     with warnings.catch_warnings():
         # That there are several adapters is what we want.
         warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
