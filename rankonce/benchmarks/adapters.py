@@ -44,6 +44,7 @@ class StudyOptions:
     Attributes:
         num_examples: of each task, train, valid and test together; ten candidates each.
         num_requests: of each platform's log, where histories and statistics come from.
+        num_events: newest events of a history; the others are left out to save time.
         epochs: over the train part of all tasks, for the backbone.
         adapter_epochs: over the train part of one task, for its adapter.
         output: JSON of everything.
@@ -51,10 +52,11 @@ class StudyOptions:
 
     size: str = "1m"
     rank: int = 8
-    num_examples: int = 160
+    num_examples: int = 100
     num_requests: int = 1500
     epochs: int = 4
     adapter_epochs: int = 2
+    num_events: int = 8
     learning_rate: float = 1.5e-3
     adapter_learning_rate: float = 3e-3
     seed: int = 0
@@ -115,7 +117,14 @@ def write_table(rows: Sequence[Mapping[str, Any]]) -> str:
 def _examples(name: str, options: StudyOptions) -> list[SimulatedExample]:
     (domain,) = (one for one in SIMULATED if one.name == name)
     config = replace(domain.config(), num_requests=options.num_requests, seed=options.seed)
-    return list(build_platform(domain, config).examples(TASKS[name], options.num_examples))
+    made = build_platform(domain, config).examples(TASKS[name], options.num_examples)
+    return [_shorten(one, options.num_events) for one in made]
+
+
+def _shorten(one: SimulatedExample, num_events: int) -> SimulatedExample:
+    newest = sorted(one.example.request.history, key=lambda event: event.time)[-num_events:]
+    request = replace(one.example.request, history=tuple(newest))
+    return replace(one, example=replace(one.example, request=request))
 
 
 def _stage(

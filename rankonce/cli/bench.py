@@ -123,7 +123,7 @@ def precision(
 @app.command()
 def adapters(
     size: Annotated[str, typer.Option(help="Of the backbone: 1m to 150m.")] = "1m",
-    examples: Annotated[int, typer.Option(min=20, help="Of each task.")] = 160,
+    examples: Annotated[int, typer.Option(min=20, help="Of each task.")] = 100,
     epochs: Annotated[int, typer.Option(min=1, help="Of the backbone.")] = 4,
     adapter_epochs: Annotated[int, typer.Option(min=1, help="Of each adapter.")] = 2,
     rank: Annotated[int, typer.Option(min=1, help="Of each adapter.")] = 8,
