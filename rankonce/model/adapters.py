@@ -286,10 +286,13 @@ def fingerprint_base(source: str) -> str | None:
     count, nor how weights are spread over files.
 
     Args:
-        source: folder, or id of a repository that was loaded before.
+        source: folder or id of a repository, whose weights are downloaded if they were not yet.
 
     Returns:
         A SHA-256, ``None`` for a checkpoint without safetensors.
+
+    Raises:
+        ModelError: there is no such folder or repository.
     """
     rows: dict[str, bytes] = {}
     for path in _weight_files(source):
@@ -309,9 +312,11 @@ def _weight_files(source: str) -> list[Path]:
         if Path(source).is_dir():
             path = Path(source) / name
             return path if path.is_file() else None
-        found = cached_file(
-            source, name, local_files_only=True, _raise_exceptions_for_missing_entries=False
-        )
+        try:
+            found = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ModelError(f"model: {source} cannot be loaded: {reason}") from error
         return Path(found) if found else None
 
     if index := find("model.safetensors.index.json"):

@@ -319,3 +319,5 @@ def test_the_fingerprint_sees_weights_and_neither_formats_nor_shards(
         network.model.layers[1].mlp.up_proj.weight[0, 3] += 1e-3
     network.save_pretrained(tmp_path / "changed")
     assert fingerprint_base(str(tmp_path / "changed")) != fingerprint_base(str(base))
+    with pytest.raises(ModelError, match=r"model: .*nowhere cannot be loaded"):
+        fingerprint_base(str(tmp_path / "nowhere"))
