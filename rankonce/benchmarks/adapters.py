@@ -69,7 +69,7 @@ def run_study(options: StudyOptions) -> str:
     Returns:
         A table in Markdown.
     """
-    examples = {name: _examples(name, options) for name in TASKS}
+    examples = {name: build_examples(name, options) for name in TASKS}
     train = {
         name: [one.example for one in part if one.split == "train"]
         for name, part in examples.items()
@@ -114,7 +114,8 @@ def write_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _examples(name: str, options: StudyOptions) -> list[SimulatedExample]:
+def build_examples(name: str, options: StudyOptions) -> list[SimulatedExample]:
+    """Make the examples of a domain's task, in the order of time."""
     (domain,) = (one for one in SIMULATED if one.name == name)
     config = replace(domain.config(), num_requests=options.num_requests, seed=options.seed)
     made = build_platform(domain, config).examples(TASKS[name], options.num_examples)
