@@ -216,13 +216,13 @@ def test_reentrant_checkpointing_leaves_an_adapter_its_gradients(base: Path) -> 
     assert all(weight.grad is not None for weight in trained)
 
 
-def test_what_no_adapter_can_be_is_refused(base: Path) -> None:
+def test_what_no_adapter_can_be_is_refused(base: Path, trained: Path) -> None:
     with pytest.raises(TrainingError, match="model: should be given"):
         run(base, "scratch", model=None)
     config = replace(ADAPTER_CONFIG, averaging=0.9)
     with pytest.raises(TrainingError, match="averaging: should be 0 over a backbone in nf4"):
         run(base, "averaged", config, adapter=replace(FILMS, quantize="nf4"))
     with pytest.raises(TrainingError, match="another adapter"):
-        run(base, "films", adapter=replace(FILMS, rank=8))
+        run(base, trained.name, adapter=replace(FILMS, rank=8))
     with pytest.raises(TrainingError, match="rank: should be 1 or more, is 0"):
         AdapterConfig(rank=0)
