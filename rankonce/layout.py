@@ -27,11 +27,13 @@ class TokenizedRequest:
         prefix_ids: tokens that all candidates share.
         segment_ids: one tuple of tokens a candidate; the last token's row gives its score.
         label_ids: for every label the token ids that count as it, at least one each.
+        adapter: whose weights its passes run with; ``None`` is the backbone alone.
     """
 
     prefix_ids: tuple[int, ...]
     segment_ids: tuple[tuple[int, ...], ...]
     label_ids: tuple[tuple[int, ...], ...]
+    adapter: str | None = None
 
     @property
     def separate_tokens(self) -> int:

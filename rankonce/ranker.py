@@ -9,14 +9,15 @@ finish    log-probabilities become ranking values and ranks, in the
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from rankonce.errors import NumericsError, RankOnceError
+from rankonce.errors import NumericsError, RankOnceError, RequestError
 from rankonce.layout import PassPart, TokenizedRequest, plan_passes
+from rankonce.model.adapters import is_adapter, read_adapter
 from rankonce.model.execution import PassRunner
 from rankonce.model.loading import LoadedModel, load_model
 from rankonce.model.prefix_cache import KeysValues, PrefixCache
@@ -41,6 +42,8 @@ class RankerConfig:
         prefix_cache_mb: bound of the prefix cache in MB; 0 keeps nothing.
         label_mass: also read the whole vocabulary and report the labels' share of it.
         chat: use the tokenizer's chat template; ``None`` uses it where there is one.
+        adapter: scores the requests that name none, whatever their task; ``None`` leaves it to the
+            adapter that learnt the task.
     """
 
     max_tokens_per_pass: int = 16_384
@@ -48,6 +51,7 @@ class RankerConfig:
     prefix_cache_mb: int = 256
     label_mass: bool = False
     chat: bool | None = None
+    adapter: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,14 +122,24 @@ class Ranker:
         trust_remote_code: bool = False,
         tasks: Iterable[Task] = (),
         config: RankerConfig | None = None,
+        adapters: Mapping[str, str | Path] | None = None,
     ) -> "Ranker":
-        """Load a checkpoint, the embedded movie ranker by default; see ``load_model``."""
+        """Load a checkpoint, the embedded movie ranker by default; see ``load_model``.
+
+        The folder of an adapter loads its backbone as well, and scores with both.
+        """
+        if is_adapter(name):
+            files = read_adapter(name, name="default")
+            adapters = {files.name: name, **(adapters or {})}
+            config = replace(config or RankerConfig(), adapter=files.name)
+            name = files.find_base()
         model = load_model(
             name,
             device=device,
             precision=precision,
             keep=keep,
             trust_remote_code=trust_remote_code,
+            adapters=adapters,
         )
         return cls(model, tasks=tasks, config=config)
 
@@ -185,9 +199,37 @@ class Ranker:
         """
         request = read_request(request)
         task = find_task(request.task, self.tasks)
+        adapter = self.choose_adapter(request.adapter, task=task.name)
         rendered = self.renderer.render(task, request)
+        rendered = replace(rendered, tokens=replace(rendered.tokens, adapter=adapter))
         self.model.check_ids(rendered.tokens)
         return PreparedRequest(request=request, task=task, rendered=rendered)
+
+    def choose_adapter(self, name: str | None, *, task: str | None = None) -> str | None:
+        """Find the adapter that scores a request.
+
+        Args:
+            name: as the request gives it: empty for the backbone alone, ``None`` leaves the choice
+                to the configuration or to the task.
+            task: the request's.
+
+        Returns:
+            Its name; ``None`` is the backbone alone.
+
+        Raises:
+            RequestError: there is no such adapter, or several learnt the task.
+        """
+        name = self.config.adapter if name is None else name
+        known = self.model.adapters.files
+        if name:
+            if name not in known:
+                there = f"one of {', '.join(known)}" if known else "left out, since none is loaded"
+                raise RequestError(f"adapter: should be {there}, is {name!r}")
+            return name
+        learnt = self.model.adapters.of_task(task) if name is None and task is not None else []
+        if len(learnt) > 1:
+            raise RequestError(f"adapter: should be given: {', '.join(learnt)} learnt {task}")
+        return learnt[0] if learnt else None
 
     @torch.inference_mode()
     def forward(
@@ -197,16 +239,30 @@ class Ranker:
         label_mass: bool | None = None,
         num_top: int = 0,
     ) -> list[RawScores]:
-        """Run tokenised requests through the model.
+        """Run tokenised requests through the model, those of one adapter after those of another.
 
         Args:
             label_mass: also normalise over the whole vocabulary; the ranker's setting by default.
             num_top: also give this many most probable tokens of every candidate.
         """
         whole = num_top > 0 or (self.config.label_mass if label_mass is None else label_mass)
+        raws: dict[int, RawScores] = {}
+        for adapter in dict.fromkeys(request.adapter for request in requests):
+            places = [i for i, request in enumerate(requests) if request.adapter == adapter]
+            self.model.adapters.use(adapter)
+            scores = self._forward_alike([requests[place] for place in places], whole, num_top)
+            raws.update(zip(places, scores, strict=True))
+        return [raws[place] for place in range(len(requests))]
+
+    def _forward_alike(
+        self, requests: Sequence[TokenizedRequest], whole: bool, num_top: int
+    ) -> list[RawScores]:
+        """Run requests through the model with the adapter that is in use."""
         prefixes: dict[int, KeysValues] = {}
         for index, request in enumerate(requests):
-            entry = self.cache.get(request.prefix_ids) if self.config.prefix_cache_mb else None
+            if not self.config.prefix_cache_mb:
+                break
+            entry = self.cache.get(request.prefix_ids, request.adapter)
             if entry is not None:
                 prefixes[index] = entry
         passes = plan_passes(
@@ -225,7 +281,7 @@ class Ranker:
                 keep_prefixes=self.config.prefix_cache_mb > 0 or bool(going_on),
             )
             for index, entry in kept.items():
-                self.cache.put(requests[index].prefix_ids, entry)
+                self.cache.put(requests[index].prefix_ids, entry, requests[index].adapter)
                 if index in going_on:
                     prefixes[index] = entry
             row = 0
@@ -280,6 +336,7 @@ class Ranker:
             ),
             distinct_score_ratio=len(set(values)) / len(set(tokens.segment_ids)),
             warnings=_warnings(prepared, values, masses),
+            adapter=tokens.adapter,
         )
 
     def _finish_all(self, prepared: Sequence[PreparedRequest]) -> Iterator[ScoreResult]:

@@ -119,6 +119,8 @@ class ScoreRequest:
         examples: solved candidates that the prompt shows in this order, before the question.
         time: the moment of the request in Unix seconds; ages are counted back from it.
         id: the caller's own name for the request; returned unchanged.
+        adapter: the name of an adapter that is loaded, or empty for the backbone alone; without
+            one the adapter that learnt the task scores, if there is one.
     """
 
     task: Text
@@ -128,6 +130,7 @@ class ScoreRequest:
     examples: tuple[SolvedCandidate, ...] = ()
     time: Time | None = None
     id: Text | None = None
+    adapter: Text | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,6 +207,7 @@ class ScoreResult:
         candidates: in the request's own order.
         distinct_score_ratio: distinct values over candidates with distinct text; 1.0 is healthy.
         warnings: what the caller should know, in words.
+        adapter: the adapter that scored; ``None`` is the backbone alone.
     """
 
     id: str | None
@@ -213,6 +217,7 @@ class ScoreResult:
     usage: TokenUsage
     distinct_score_ratio: float
     warnings: tuple[str, ...] = ()
+    adapter: str | None = None
 
     def ranked(self) -> list[CandidateScore]:
         """Return the candidates, best first."""

@@ -19,6 +19,7 @@ from rankonce.cli.evaluate import evaluate
 from rankonce.cli.explain_prompt import explain_prompt
 from rankonce.cli.finetune import finetune
 from rankonce.cli.instruct import instruct
+from rankonce.cli.merge import merge
 from rankonce.cli.pretrain import pretrain
 from rankonce.cli.score import score
 from rankonce.cli.serve import serve
@@ -45,6 +46,7 @@ for command in (
     pretrain,
     instruct,
     finetune,
+    merge,
     evaluate,
     suite,
 ):

@@ -121,6 +121,33 @@ def precision(
 
 
 @app.command()
+def adapters(
+    size: Annotated[str, typer.Option(help="Of the backbone: 1m to 150m.")] = "1m",
+    examples: Annotated[int, typer.Option(min=20, help="Of each task.")] = 100,
+    epochs: Annotated[int, typer.Option(min=1, help="Of the backbone.")] = 4,
+    adapter_epochs: Annotated[int, typer.Option(min=1, help="Of each adapter.")] = 2,
+    rank: Annotated[int, typer.Option(min=1, help="Of each adapter.")] = 8,
+    seed: Annotated[int, typer.Option(min=0, help="Of everything.")] = 0,
+    output: Annotated[Path, typer.Option(help="JSON.")] = Path("results/adapters.json"),
+) -> None:
+    """Compare an adapter per domain with the backbone that they share, on simulated platforms."""
+    from rankonce.benchmarks.adapters import StudyOptions, run_study
+    from rankonce.cli.options import quiet_transformers
+
+    quiet_transformers()
+    options = StudyOptions(
+        size=size,
+        num_examples=examples,
+        epochs=epochs,
+        adapter_epochs=adapter_epochs,
+        rank=rank,
+        seed=seed,
+        output=output,
+    )
+    typer.echo(run_study(options))
+
+
+@app.command()
 def report(
     files: Annotated[
         list[Path],

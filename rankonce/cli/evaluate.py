@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from rankonce.cli.options import (
+    AdapterOption,
     DeviceOption,
     KeepOption,
     MaxTokensPerPassOption,
@@ -14,6 +15,7 @@ from rankonce.cli.options import (
     PrecisionOption,
     TrustRemoteCodeOption,
     load_ranker,
+    read_adapters,
 )
 
 
@@ -50,6 +52,7 @@ def evaluate(
     keep: KeepOption = None,
     max_tokens_per_pass: MaxTokensPerPassOption = None,
     trust_remote_code: TrustRemoteCodeOption = False,
+    adapter: AdapterOption = None,
 ) -> None:
     """Measure a ranker on rows of likes and dislikes, side by side with baselines.
 
@@ -65,6 +68,7 @@ def evaluate(
 
     if plot is not None:
         check_plot(plot)
+    adapters = read_adapters(adapter)
     ranker = load_ranker(
         model,
         device=device,
@@ -72,6 +76,9 @@ def evaluate(
         keep=keep,
         max_tokens_per_pass=max_tokens_per_pass,
         trust_remote_code=trust_remote_code,
+        adapters=adapters,
+        # One adapter is meant for all rows; among several the task chooses.
+        adapter=next(iter(adapters)) if adapters and len(adapters) == 1 else None,
     )
     evaluation = evaluate_movies(
         ranker,

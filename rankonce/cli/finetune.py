@@ -5,7 +5,17 @@ from typing import Annotated
 
 import typer
 
-from rankonce.cli.options import TaskFileOption, quiet_transformers
+from rankonce.cli.options import (
+    AdapterNameOption,
+    LoraAlphaOption,
+    LoraDropoutOption,
+    LoraRankOption,
+    LoraTargetOption,
+    QloraOption,
+    TaskFileOption,
+    quiet_transformers,
+    read_adapter_config,
+)
 from rankonce.errors import TrainingError
 
 
@@ -53,6 +63,12 @@ def finetune(
     ] = 16_384,
     seed: Annotated[int, typer.Option(min=0, help="Of everything.")] = 0,
     task_file: TaskFileOption = None,
+    lora_rank: LoraRankOption = None,
+    lora_alpha: LoraAlphaOption = None,
+    lora_dropout: LoraDropoutOption = None,
+    lora_target: LoraTargetOption = None,
+    qlora: QloraOption = False,
+    adapter_name: AdapterNameOption = None,
 ) -> None:
     """Fine-tune a ranker at its score rows, many candidates of a member in one sequence.
 
@@ -67,6 +83,14 @@ def finetune(
 
     if model is not None and size is not None:
         raise typer.BadParameter("is for training from scratch", param_hint="--size")
+    adapter = read_adapter_config(
+        lora_rank,
+        alpha=lora_alpha,
+        dropout=lora_dropout,
+        targets=lora_target,
+        qlora=qlora,
+        name=adapter_name,
+    )
     quiet_transformers()
     losses = dict(_read_loss(text) for text in loss or ["softmax"])
 
@@ -90,6 +114,7 @@ def finetune(
         seed=seed,
         model=model,
         tasks=[load_task(path) for path in task_file or ()],
+        adapter=adapter,
     )
     typer.echo(f"model: {out}", err=True)
 

@@ -1,10 +1,10 @@
 """Options that several commands share, and the loading of a ranker from them."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +12,7 @@ from rankonce.cli.request_files import STDIN
 
 if TYPE_CHECKING:
     from rankonce.ranker import Ranker
+    from rankonce.training.adapters import AdapterConfig
 
 
 class Precision(StrEnum):
@@ -115,6 +116,94 @@ ChatOption = Annotated[
 ]
 
 
+LoraRankOption = Annotated[
+    int | None,
+    typer.Option(
+        "--lora-rank",
+        min=1,
+        help="Train an adapter of this rank over --model, which stays as it is.",
+        show_default="train the whole model",
+    ),
+]
+LoraAlphaOption = Annotated[
+    int | None,
+    typer.Option("--lora-alpha", min=1, help="Scales the adapter.", show_default="twice the rank"),
+]
+LoraDropoutOption = Annotated[
+    float | None,
+    typer.Option(
+        "--lora-dropout", min=0.0, max=0.99, help="Of an adapter's inputs.", show_default="0"
+    ),
+]
+LoraTargetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora-target",
+        metavar="NAME",
+        help="Linear layers that get the adapter, such as q_proj; may be given several times.",
+        show_default="all of the decoder",
+    ),
+]
+QloraOption = Annotated[
+    bool,
+    typer.Option("--qlora", help="Hold the model in 4 bits (NF4) while the adapter learns."),
+]
+AdapterNameOption = Annotated[
+    str | None,
+    typer.Option("--adapter-name", help="Domain of the adapter.", show_default="default"),
+]
+AdapterOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter",
+        metavar="NAME=DIR",
+        help="Adapter over the model, by the name that requests choose it by; may be given several "
+        "times.",
+    ),
+]
+
+
+def read_adapter_config(
+    rank: int | None,
+    *,
+    alpha: int | None,
+    dropout: float | None,
+    targets: Sequence[str] | None,
+    qlora: bool,
+    name: str | None,
+) -> "AdapterConfig | None":
+    """Read how an adapter is trained; ``None`` without a rank, which the others need."""
+    if rank is None:
+        if qlora or any(option is not None for option in (alpha, dropout, targets, name)):
+            raise typer.BadParameter(
+                "should be given where an adapter is meant", param_hint="--lora-rank"
+            )
+        return None
+    from rankonce.training.adapters import AdapterConfig
+
+    return AdapterConfig(
+        name=name or "default",
+        rank=rank,
+        alpha=alpha,
+        dropout=dropout or 0.0,
+        targets=tuple(targets) if targets else None,
+        quantize="nf4" if qlora else "none",
+    )
+
+
+def read_adapters(texts: Sequence[str] | None) -> dict[str, Path] | None:
+    """Read ``NAME=DIR`` of every adapter, ``None`` if there are none."""
+    folders: dict[str, Path] = {}
+    for text in texts or ():
+        name, _, folder = text.partition("=")
+        if not name or not folder:
+            raise typer.BadParameter(f"should be NAME=DIR, is {text!r}", param_hint="--adapter")
+        if name in folders:
+            raise typer.BadParameter(f"{name!r} is given twice", param_hint="--adapter")
+        folders[name] = Path(folder)
+    return folders or None
+
+
 def load_ranker(
     model: str | None = None,
     *,
@@ -127,8 +216,13 @@ def load_ranker(
     label_mass: bool = False,
     trust_remote_code: bool = False,
     chat: bool | None = None,
+    adapters: Mapping[str, Path] | None = None,
+    adapter: str | None = None,
 ) -> "Ranker":
     """Load the ranker that the options describe.
+
+    Args:
+        adapter: scores the requests that name none.
 
     Raises:
         RankOnceError: the checkpoint or a task file cannot be used.
@@ -141,7 +235,10 @@ def load_ranker(
     from rankonce.ranker import EMBEDDED_MODEL, Ranker, RankerConfig
 
     quiet_transformers()
-    bounds = {"max_tokens_per_pass": max_tokens_per_pass, "prefix_cache_mb": prefix_cache_mb}
+    bounds: dict[str, Any] = {
+        "max_tokens_per_pass": max_tokens_per_pass,
+        "prefix_cache_mb": prefix_cache_mb,
+    }
     given = {name: value for name, value in bounds.items() if value is not None}
     return Ranker.from_pretrained(
         model or EMBEDDED_MODEL,
@@ -150,7 +247,8 @@ def load_ranker(
         keep=tuple(keep or ()),
         trust_remote_code=trust_remote_code,
         tasks=own_tasks,
-        config=RankerConfig(label_mass=label_mass, chat=chat, **given),
+        config=RankerConfig(label_mass=label_mass, chat=chat, adapter=adapter, **given),
+        adapters=adapters,
     )
 
 

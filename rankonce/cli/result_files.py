@@ -67,6 +67,7 @@ def result_record(line: int, result: ScoreResult) -> dict[str, Any]:
         "line": line,
         "id": result.id,
         "task": result.task,
+        "adapter": result.adapter,
         "candidates": [
             {
                 "id": candidate.id,
@@ -280,6 +281,7 @@ def _schema() -> Any:
             "line": pa.int64(),
             "id": pa.string(),
             "task": pa.string(),
+            "adapter": pa.string(),
             "candidates": pa.list_(candidate),
             "history": pa.struct(
                 {

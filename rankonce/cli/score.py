@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rankonce.cli.options import (
+    AdapterOption,
     ChatOption,
     DeviceOption,
     KeepOption,
@@ -23,6 +24,7 @@ from rankonce.cli.options import (
     TaskFileOption,
     TrustRemoteCodeOption,
     load_ranker,
+    read_adapters,
 )
 from rankonce.errors import DataError, NumericsError, RankOnceError, RequestError, TaskError
 
@@ -68,6 +70,7 @@ def score(
     label_mass: LabelMassOption = False,
     trust_remote_code: TrustRemoteCodeOption = False,
     chat: ChatOption = None,
+    adapter: AdapterOption = None,
 ) -> None:
     """Score the candidates of every request.
 
@@ -90,6 +93,7 @@ def score(
         label_mass=label_mass,
         trust_remote_code=trust_remote_code,
         chat=chat,
+        adapters=read_adapters(adapter),
     )
     summary = score_file(ranker, requests, out=out, rejects=rejects, resume=resume)
     typer.echo(summary.describe(), err=True)

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from rankonce.cli.options import (
+    AdapterOption,
     ChatOption,
     DeviceOption,
     KeepOption,
@@ -16,6 +17,7 @@ from rankonce.cli.options import (
     TaskFileOption,
     TrustRemoteCodeOption,
     load_ranker,
+    read_adapters,
 )
 from rankonce.errors import MissingDependencyError
 
@@ -42,6 +44,7 @@ def serve(
     prefix_cache_mb: PrefixCacheOption = None,
     trust_remote_code: TrustRemoteCodeOption = False,
     chat: ChatOption = None,
+    adapter: AdapterOption = None,
 ) -> None:
     """Serve scores over HTTP, to clients of OpenAI, SGLang, Cohere and Jina too.
 
@@ -70,6 +73,7 @@ def serve(
         prefix_cache_mb=prefix_cache_mb,
         trust_remote_code=trust_remote_code,
         chat=chat,
+        adapters=read_adapters(adapter),
     )
     # From here on a client that comes waits until it is answered.
     listener.listen()

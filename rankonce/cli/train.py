@@ -5,7 +5,17 @@ from typing import Annotated
 
 import typer
 
-from rankonce.cli.options import TaskFileOption, quiet_transformers
+from rankonce.cli.options import (
+    AdapterNameOption,
+    LoraAlphaOption,
+    LoraDropoutOption,
+    LoraRankOption,
+    LoraTargetOption,
+    QloraOption,
+    TaskFileOption,
+    quiet_transformers,
+    read_adapter_config,
+)
 from rankonce.errors import TrainingError
 
 
@@ -38,6 +48,12 @@ def train(
         ),
     ] = None,
     task_file: TaskFileOption = None,
+    lora_rank: LoraRankOption = None,
+    lora_alpha: LoraAlphaOption = None,
+    lora_dropout: LoraDropoutOption = None,
+    lora_target: LoraTargetOption = None,
+    qlora: QloraOption = False,
+    adapter_name: AdapterNameOption = None,
 ) -> None:
     """Run the stages of a recipe; killed anywhere, it goes on with the same bits.
 
@@ -50,6 +66,14 @@ def train(
 
     if model is not None and size is not None:
         raise typer.BadParameter("is for training from scratch", param_hint="--size")
+    adapter = read_adapter_config(
+        lora_rank,
+        alpha=lora_alpha,
+        dropout=lora_dropout,
+        targets=lora_target,
+        qlora=qlora,
+        name=adapter_name,
+    )
     quiet_transformers()
     if recipe not in RECIPES:
         raise TrainingError(f"recipe: should be one of {', '.join(RECIPES)}, is {recipe!r}")
@@ -59,5 +83,5 @@ def train(
     chosen = chosen.with_settings(settings or ())
     chosen = replace(chosen, size=size or chosen.size)
     tasks = [load_task(path) for path in task_file or ()]
-    run_recipe(chosen, data, out, model=model, tasks=tasks)
+    run_recipe(chosen, data, out, model=model, tasks=tasks, adapter=adapter)
     typer.echo(f"model: {out}", err=True)

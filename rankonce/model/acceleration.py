@@ -51,8 +51,9 @@ class Acceleration:
 
     Attributes:
         report: one line for each thing that was improved or left as it was.
-        is_complete: every layer runs on our kernels and plain products, without a step whose work
-            depends on numbers (experts, dynamic rotary embeddings) or on another library.
+        is_complete: every layer runs on our kernels and plain products, adapters' among them,
+            without a step whose work depends on numbers (experts, dynamic rotary embeddings) or on
+            weights in another library's form.
     """
 
     report: list[str] = field(default_factory=list)
@@ -122,7 +123,7 @@ def accelerate_model(
     acceleration.report += _report(layers, kept, precision)
     rope_type = getattr(getattr(decoder, "rotary_emb", None), "rope_type", "default")
     acceleration.is_complete = rope_type in ("default", "linear", "llama3", "yarn") and all(
-        layer.fuses_mlp and all(_is_plain(one) for p in layer.projections for one in p.linears)
+        layer.fuses_mlp and all(_is_products(one) for p in layer.projections for one in p.linears)
         for layer in layers
     )
     for line in acceleration.report:
@@ -363,6 +364,11 @@ def _become_views(linears: Sequence[nn.Linear], product: nn.Linear) -> None:
 
 def _is_plain(module: Any) -> bool:
     return type(module) is nn.Linear
+
+
+def _is_products(module: Any) -> bool:
+    """Whether a layer is plain, alone or under adapters."""
+    return _is_plain(getattr(module, "base_layer", module))
 
 
 def _select(rows: Rows, places_C: Tensor) -> Rows:

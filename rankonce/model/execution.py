@@ -49,11 +49,12 @@ def bucket_of(num_rows: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class _Bucket:
-    """What a recorded pass fixes: the shapes of its arrays and its attention tables."""
+    """What a recorded pass fixes: its arrays' shapes, its attention tables and its adapter."""
 
     shapes: tuple[tuple[int, ...], ...]
     table_keys: tuple[tuple[TileKey, ...], ...]
     cached_rows: int
+    adapter: str | None
 
 
 class _Recording:
@@ -152,7 +153,8 @@ class PassRunner:
         """Run one pass.
 
         Args:
-            parts, requests, prefixes, keep_prefixes: as in ``pack_pass``.
+            parts, requests, prefixes, keep_prefixes: as in ``pack_pass``; the requests are of one
+                adapter, which is in use.
 
         Returns:
             hidden_CD: the final hidden states of the score rows, in the order of the parts.
@@ -174,18 +176,18 @@ class PassRunner:
             cached_rows=bucket_of(num_cached) if records and num_cached else 0,
         )
         if records:
-            return self._replay(host, cached)
+            return self._replay(host, cached, requests[parts[0].request].adapter)
         batch = host.on_device(move_together(host.arrays(), self.network.device), cached)
         hidden_CD = forward_pass(self.network, batch)
         kept = batch.segment_pass.kept
         return hidden_CD, dict(zip(host.kept_requests, kept, strict=True))
 
     def _replay(
-        self, host: HostPass, cached: list[KeysValues]
+        self, host: HostPass, cached: list[KeysValues], adapter: str | None
     ) -> tuple[Tensor, dict[int, KeysValues]]:
         num_scores = len(host.score_rows_C)
         joined = join_prefixes(cached)
-        bucket = _bucket_of(host)
+        bucket = _bucket_of(host, adapter)
         recording = self._recordings.get(bucket)
         if recording is None:
             logger.info("recording a pass of %d tokens", bucket.shapes[0][0])
@@ -222,7 +224,7 @@ def capture_cuda(run: Callable[[], None]) -> Callable[[], None]:
     return graph.replay
 
 
-def _bucket_of(host: HostPass) -> _Bucket:
+def _bucket_of(host: HostPass, adapter: str | None) -> _Bucket:
     num_tokens = bucket_of(len(host.token_ids_T))
     num_scores = max(_MIN_CANDIDATES, 1 << (len(host.score_rows_C) - 1).bit_length())
     shapes: list[tuple[int, ...]] = [(num_tokens,), (num_tokens,), (num_scores,)]
@@ -234,6 +236,7 @@ def _bucket_of(host: HostPass) -> _Bucket:
         shapes=tuple(shapes),
         table_keys=tuple(tuple(part) for part in host.tables),
         cached_rows=host.num_cached,
+        adapter=adapter,
     )
 
 

@@ -1,7 +1,7 @@
 """Load a checkpoint and make sure that it can run packed."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from rankonce.errors import ModelError, ShapeError
 from rankonce.kernels.segment_attention.tiles import TileKey
 from rankonce.layout import PassPart, TokenizedRequest
 from rankonce.model.acceleration import Acceleration, accelerate_model
+from rankonce.model.adapters import Adapters, add_adapters
 from rankonce.model.attention import ATTENTION_NAME, SegmentPass, register_segment_attention
 from rankonce.model.head import Head, head_of
 from rankonce.model.packing import forward_pass, pack_pass
@@ -52,6 +53,7 @@ class LoadedModel:
         name: how the checkpoint was asked for.
         acceleration: what runs on our kernels, and the way back.
         table_keys: the attention tables that its layers ask for on its device.
+        adapters: those over the network, and which of them is in use.
     """
 
     network: Any
@@ -61,6 +63,7 @@ class LoadedModel:
     name: str
     acceleration: Acceleration
     table_keys: tuple[TileKey, ...] = ()
+    adapters: Adapters = field(default_factory=Adapters)
 
     @property
     def device(self) -> torch.device:
@@ -98,6 +101,7 @@ def load_model(
     precision: str | None = None,
     keep: Sequence[str] = (),
     trust_remote_code: bool = False,
+    adapters: Mapping[str, str | Path] | None = None,
 ) -> LoadedModel:
     """Load a decoder-only checkpoint from a folder or a hub.
 
@@ -107,9 +111,10 @@ def load_model(
         precision: a name of ``PRECISIONS``; by default bf16 on a GPU, fp32 on a CPU.
         keep: names or patterns of linear layers that FP8 leaves as they are.
         trust_remote_code: run model code that comes with the checkpoint.
+        adapters: folders of adapters over the checkpoint, by the names that requests give them.
 
     Raises:
-        ModelError: says what is wrong with the checkpoint.
+        ModelError: says what is wrong with the checkpoint or an adapter.
     """
     source = str(name)
     is_path = Path(source).exists() or source.startswith((".", "/", "~")) or source.count("/") > 1
@@ -117,6 +122,11 @@ def load_model(
         raise ModelError(f"model: {source} has no config.json; should be a Hugging Face checkpoint")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     chosen = find_precision(precision, device)
+    if adapters and chosen.fp8:
+        raise ModelError(
+            "precision: fp8 takes no adapters, whose inputs would be quantised; merge one into a "
+            "checkpoint (rankonce merge), or choose another precision"
+        )
     options = loading_options(chosen, device)
     _check_device(device)
     try:
@@ -148,16 +158,27 @@ def load_model(
         network = network.to(device)
     if getattr(network, "is_loaded_in_4bit", False):
         settle_4bit_layers(network)
-    return prepare_model(network.eval(), tokenizer, name=source, fp8=chosen.fp8, keep=keep)
+    # Before acceleration, which takes the linear layers as it finds them.
+    added = add_adapters(network, adapters or {}, base=source)
+    return prepare_model(
+        network.eval(), tokenizer, name=source, fp8=chosen.fp8, keep=keep, adapters=added
+    )
 
 
 def prepare_model(
-    network: Any, tokenizer: Any, *, name: str, fp8: bool = False, keep: Sequence[str] = ()
+    network: Any,
+    tokenizer: Any,
+    *,
+    name: str,
+    fp8: bool = False,
+    keep: Sequence[str] = (),
+    adapters: Adapters | None = None,
 ) -> LoadedModel:
     """Put a transformers model on our kernels and check that packed equals separate.
 
     Args:
         fp8: quantise the linear layers but those that ``keep`` names.
+        adapters: what ``add_adapters`` put into the network.
 
     Raises:
         ModelError: the architecture cannot run packed, or not in FP8.
@@ -180,6 +201,7 @@ def prepare_model(
         max_prompt_tokens=min([*limits, context]),
         name=name,
         acceleration=acceleration,
+        adapters=adapters or Adapters(),
         table_keys=tuple(
             replace(key, window=window)
             for key in dict.fromkeys((*probe.spans.tables, *probe.score_spans.tables))

@@ -77,7 +77,7 @@ def loading_options(precision: Precision, device: str) -> dict[str, Any]:
     for library in ("bitsandbytes", "accelerate"):
         if find_spec(library) is None:
             raise MissingDependencyError(library, extra="quantize")
-    _import_bitsandbytes()
+    import_bitsandbytes()
     from transformers import BitsAndBytesConfig
 
     # Without the threshold's outlier columns, which are found over all rows of a pass: a
@@ -117,7 +117,7 @@ def settle_4bit_layers(network: nn.Module) -> None:
         layer.support_avx512bf16_for_cpu = False
 
 
-def _import_bitsandbytes() -> None:
+def import_bitsandbytes() -> None:
     """Import it in silence and without a network.
 
     On CPUs with bf16 instructions its import would download and run a kernel of the hub, where the

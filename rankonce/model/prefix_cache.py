@@ -7,6 +7,7 @@ from torch import Tensor
 
 # Per layer the keys and values of a prefix, P x G x K each, positions already applied.
 KeysValues = list[tuple[Tensor, Tensor]]
+_Key = tuple[str | None, tuple[int, ...]]
 
 
 @dataclass(kw_only=True)
@@ -26,6 +27,8 @@ class CacheCounts:
 class PrefixCache:
     """Least recently used prefixes go first when the bound is reached.
 
+    The same tokens have other keys and values under another adapter, so both are looked up.
+
     Args:
         max_bytes: bound on the tensors held; 0 keeps nothing.
     """
@@ -33,24 +36,26 @@ class PrefixCache:
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.counts = CacheCounts()
-        self._entries: OrderedDict[tuple[int, ...], KeysValues] = OrderedDict()
+        self._entries: OrderedDict[_Key, KeysValues] = OrderedDict()
 
-    def get(self, prefix_ids: tuple[int, ...]) -> KeysValues | None:
-        """Return the keys and values of a prefix if they are known."""
-        entry = self._entries.get(prefix_ids)
+    def get(self, prefix_ids: tuple[int, ...], adapter: str | None = None) -> KeysValues | None:
+        """Return the keys and values of a prefix under an adapter if they are known."""
+        entry = self._entries.get((adapter, prefix_ids))
         if entry is None:
             self.counts.misses += 1
             return None
         self.counts.hits += 1
-        self._entries.move_to_end(prefix_ids)
+        self._entries.move_to_end((adapter, prefix_ids))
         return entry
 
-    def put(self, prefix_ids: tuple[int, ...], entry: KeysValues) -> None:
+    def put(
+        self, prefix_ids: tuple[int, ...], entry: KeysValues, adapter: str | None = None
+    ) -> None:
         """Keep a prefix, unless it alone is over the bound."""
         size = _num_bytes(entry)
-        if size > self.max_bytes or prefix_ids in self._entries:
+        if size > self.max_bytes or (adapter, prefix_ids) in self._entries:
             return
-        self._entries[prefix_ids] = entry
+        self._entries[adapter, prefix_ids] = entry
         self.counts.num_bytes += size
         while self.counts.num_bytes > self.max_bytes:
             _, oldest = self._entries.popitem(last=False)

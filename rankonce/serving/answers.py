@@ -86,6 +86,7 @@ class RankAnswer(BaseModel):
     object: Literal["rank"] = "rank"
     id: str | None
     model: str
+    adapter: str | None
     task: str
     results: list[RankedCandidate]
     history: HistoryPart
@@ -114,6 +115,7 @@ def rank_answer(result: ScoreResult, *, model: str, top_n: int | None) -> RankAn
     return RankAnswer(
         id=result.id,
         model=model,
+        adapter=result.adapter,
         task=result.task,
         results=results,
         history=HistoryPart(
@@ -278,13 +280,14 @@ class ChatAnswer(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """The model served."""
+    """The model served, or an adapter over it, whose ``parent`` it is."""
 
     object: Literal["model"] = "model"
     id: str
     created: int
     owned_by: str = "rankonce"
     max_model_len: int
+    parent: str | None = None
 
 
 class ModelList(BaseModel):

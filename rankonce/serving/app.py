@@ -63,11 +63,15 @@ def create_app(ranker: Ranker, config: ServerConfig | None = None) -> FastAPI:
 
 
 def _add_information(app: FastAPI, engine: Engine) -> None:
-    card = ModelCard(
-        id=engine.model_name,
-        created=int(time.time()),
-        max_model_len=engine.ranker.model.max_prompt_tokens,
-    )
+    cards = {
+        name: ModelCard(
+            id=name,
+            created=int(time.time()),
+            max_model_len=engine.ranker.model.max_prompt_tokens,
+            parent=None if name == engine.model_name else engine.model_name,
+        )
+        for name in (engine.model_name, *engine.adapter_names)
+    }
 
     @app.get("/health")
     async def health() -> Health:
@@ -76,14 +80,13 @@ def _add_information(app: FastAPI, engine: Engine) -> None:
 
     @app.get("/v1/models")
     async def models() -> ModelList:
-        """List the one model, in OpenAI's form."""
-        return ModelList(data=[card])
+        """List the model and its adapters, in OpenAI's form."""
+        return ModelList(data=list(cards.values()))
 
     @app.get("/v1/models/{name:path}", responses={404: _REFUSALS[404]})
     async def model(name: str) -> ModelCard:
-        """Describe the model."""
-        engine.check_model(name)
-        return card
+        """Describe the model or one of its adapters."""
+        return cards[engine.find_adapter(name) or engine.model_name]
 
 
 def _add_scoring(app: FastAPI, engine: Engine) -> None:

@@ -3,10 +3,10 @@
 import math
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rankonce.errors import RequestError
+from rankonce.errors import ModelError, RequestError
 from rankonce.prompts.tasks import Task, find_task
 from rankonce.ranker import Ranker, RawScores
 from rankonce.records import Item, ScoreRequest, ScoreResult
@@ -69,6 +69,11 @@ class Engine:
         self.ranker = ranker
         self.config = config
         self.model_name = config.served_model_name or _short_name(ranker.model.name)
+        self.adapter_names = tuple(ranker.model.adapters.files)
+        if self.model_name in self.adapter_names:
+            raise ModelError(
+                f"adapter: {self.model_name!r} is what the model is served as; choose another name"
+            )
         self._reader = PromptReader(ranker.model, ranker.renderer.encoder)
         self._batcher = Batcher(ranker)
 
@@ -76,29 +81,45 @@ class Engine:
         """Answer questions inside this context."""
         return self._batcher.running()
 
-    def check_model(self, name: str | None) -> None:
-        """Refuse a model that is not served; a question without a name takes the one that is."""
-        if name not in (None, self.model_name):
-            raise ServingError(
-                404,
-                f"model: there is no {name!r}, this server has {self.model_name!r}",
-                code="model_not_found",
-            )
+    def find_adapter(self, model: str | None) -> str | None:
+        """Read what a question calls the model: the one served, or one of its adapters.
+
+        Returns:
+            The adapter's name; ``None`` for the model served, also where the question names none.
+
+        Raises:
+            ServingError: there is no such model.
+        """
+        if model in (None, self.model_name):
+            return None
+        if model in self.adapter_names:
+            return model
+        served = ", ".join(repr(name) for name in (self.model_name, *self.adapter_names))
+        raise ServingError(
+            404, f"model: there is no {model!r}, this server has {served}", code="model_not_found"
+        )
 
     async def rank(self, body: RankBody) -> RankAnswer:
         """Answer in our own form."""
-        self._check_question(body.model, len(body.candidates), "candidates")
-        result = await self._score_request(body)
-        return rank_answer(result, model=self.model_name, top_n=body.top_n)
+        adapter = self._check_question(body.model, len(body.candidates), "candidates")
+        if None not in (adapter, body.adapter) and adapter != body.adapter:
+            raise RequestError(
+                f"adapter: should be left out or {adapter!r}, as model says, is {body.adapter!r}"
+            )
+        result = await self._score_request(
+            body if adapter is None else replace(body, adapter=adapter)
+        )
+        return rank_answer(result, model=self._name_of(result.adapter), top_n=body.top_n)
 
     async def rerank(self, body: RerankBody) -> RerankAnswer:
         """Answer in the form of Cohere and Jina."""
-        self._check_question(body.model, len(body.documents), "documents")
+        adapter = self._check_question(body.model, len(body.documents), "documents")
         task = find_task(body.task, self.ranker.tasks)
         request = ScoreRequest(
             task=body.task,
             profile={"query": body.query},
             candidates=tuple(_candidate(document) for document in body.documents),
+            adapter=adapter,
         )
         try:
             result = await self._score_request(request)
@@ -106,7 +127,7 @@ class Engine:
             raise type(error)(_in_rerank_words(str(error))) from error
         order = sorted(range(len(body.documents)), key=lambda i: result.candidates[i].rank)
         return RerankAnswer(
-            model=self.model_name,
+            model=self._name_of(result.adapter),
             results=[
                 RerankedDocument(
                     index=index,
@@ -127,46 +148,63 @@ class Engine:
 
     async def score(self, body: ScoreBody) -> ScoreAnswer:
         """Answer in SGLang's form."""
-        self._check_question(body.model, len(body.items), "items")
+        adapter = self._choose(self._check_question(body.model, len(body.items), "items"))
         prompts = _concatenate(body.query, body.items, item_first=body.item_first)
-        tokens, usage = await self._read(prompts, "items", body, whole=not body.apply_softmax)
+        whole = not body.apply_softmax
+        tokens, usage = await self._read(prompts, "items", body, adapter=adapter, whole=whole)
         return ScoreAnswer(
             scores=[[math.exp(logprob) for _, logprob in token.labels] for token in tokens],
-            model=self.model_name,
+            model=self._name_of(adapter),
             usage=usage,
         )
 
     async def complete(self, body: CompletionBody) -> CompletionAnswer:
         """Answer in the form of OpenAI's completions."""
-        self._check_question(body.model, len(body.prompt), "prompt")
+        adapter = self._choose(self._check_question(body.model, len(body.prompt), "prompt"))
         num_top = max(1, body.logprobs or 0)
-        tokens, usage = await self._read(body.prompt, "prompt", body, num_top=num_top)
+        tokens, usage = await self._read(
+            body.prompt, "prompt", body, adapter=adapter, num_top=num_top
+        )
         choices = await self._batcher.run_text(self._write_choices, tokens, body)
         return CompletionAnswer(
-            model=self.model_name, choices=choices, usage=_with_answers(usage, len(choices))
+            model=self._name_of(adapter),
+            choices=choices,
+            usage=_with_answers(usage, len(choices)),
         )
 
     async def chat(self, body: ChatBody) -> ChatAnswer:
         """Answer in the form of OpenAI's chat completions."""
-        self._check_question(body.model, 1, "messages")
+        adapter = self._choose(self._check_question(body.model, 1, "messages"))
         turns = [(_ROLES.get(turn.role, turn.role), turn.content) for turn in body.messages]
         encode = self.ranker.renderer.encoder.encode_chat
         prompt = await self._batcher.run_text(encode, turns)
         num_top = body.top_logprobs or 0
-        (token,), usage = await self._read([prompt], "messages", body, num_top=max(1, num_top))
+        (token,), usage = await self._read(
+            [prompt], "messages", body, adapter=adapter, num_top=max(1, num_top)
+        )
         wanted = body.logprobs or body.has_labels
         choice = ChatChoice(
             message=AssistantMessage(content=self._reader.token_text(token.top[0][0])),
             logprobs=write_chat(token, num_top, self._reader) if wanted else None,
         )
-        return ChatAnswer(model=self.model_name, choices=[choice], usage=_with_answers(usage, 1))
+        return ChatAnswer(
+            model=self._name_of(adapter), choices=[choice], usage=_with_answers(usage, 1)
+        )
 
-    def _check_question(self, model: str | None, num_candidates: int, field: str) -> None:
-        self.check_model(model)
+    def _name_of(self, adapter: str | None) -> str:
+        return self.model_name if adapter is None else adapter
+
+    def _choose(self, adapter: str | None) -> str | None:
+        """Choose for a question that has no task."""
+        return self.ranker.choose_adapter(adapter)
+
+    def _check_question(self, model: str | None, num_candidates: int, field: str) -> str | None:
+        adapter = self.find_adapter(model)
         if num_candidates > self.config.max_candidates:
             raise TooLargeError(
                 f"{field}: should hold at most {self.config.max_candidates}, holds {num_candidates}"
             )
+        return adapter
 
     async def _score_request(self, request: ScoreRequest) -> ScoreResult:
         prepared = await self._batcher.run_text(self.ranker.prepare, request)
@@ -193,11 +231,14 @@ class Engine:
         field: str,
         question: WithLabels,
         *,
+        adapter: str | None,
         num_top: int = 0,
         whole: bool = True,
     ) -> tuple[list[NextToken], Usage]:
         """Read the next token of every prompt, in their order."""
-        label_ids, packed = await self._batcher.run_text(self._pack, prompts, field, question)
+        label_ids, packed = await self._batcher.run_text(
+            self._pack, prompts, field, question, adapter
+        )
         raws = await self._batcher.forward(packed.requests, label_mass=whole, num_top=num_top)
         tokens = await self._batcher.run_text(_unpack, packed, raws, label_ids, whole)
         computed_tokens = sum(raw.computed_tokens for raw in raws)
@@ -209,7 +250,7 @@ class Engine:
         return tokens, usage
 
     def _pack(
-        self, prompts: PromptList, field: str, question: WithLabels
+        self, prompts: PromptList, field: str, question: WithLabels, adapter: str | None
     ) -> tuple[list[int], PackedPrompts]:
         label_ids = list(question.label_token_ids or [])
         if question.labels is not None:
@@ -219,7 +260,7 @@ class Engine:
         encoded = self._reader.encode_all(prompts)
         self._reader.check(encoded, field)
         # The head reads at least one label.
-        return label_ids, pack_prompts(encoded, label_ids or [0])
+        return label_ids, pack_prompts(encoded, label_ids or [0], adapter=adapter)
 
 
 _ROLES = {"developer": "system"}  # OpenAI's newer word, which templates do not know

@@ -26,7 +26,9 @@ class PackedPrompts:
     num_tokens: int
 
 
-def pack_prompts(prompts: Sequence[tuple[int, ...]], label_ids: Sequence[int]) -> PackedPrompts:
+def pack_prompts(
+    prompts: Sequence[tuple[int, ...]], label_ids: Sequence[int], *, adapter: str | None = None
+) -> PackedPrompts:
     """Group prompts by their beginnings so that few tokens go through the model.
 
     In sorted order prompts that share a beginning are neighbours. Neighbours become one request
@@ -45,6 +47,7 @@ def pack_prompts(prompts: Sequence[tuple[int, ...]], label_ids: Sequence[int]) -
                 prefix_ids=prompts[indices[0]][: group.shared],
                 segment_ids=tuple(prompts[index][group.shared :] for index in indices),
                 label_ids=labels,
+                adapter=adapter,
             )
         )
         places.append(indices)

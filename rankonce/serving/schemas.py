@@ -76,7 +76,7 @@ class RankBody(ScoreRequest):
     """A ``ScoreRequest`` as JSON.
 
     Attributes:
-        model: the name of the model served.
+        model: the name of the model served, or of one of its adapters.
         top_n: answer with the best only, best first.
     """
 

@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from rankonce.errors import MissingDependencyError, NumericsError, TrainingError
 from rankonce.model.acceleration import accelerate_model
 from rankonce.model.loading import use_segment_attention
+from rankonce.training.adapters import is_adapted, keep_trained_weights
 from rankonce.training.checkpoint import (
     cut_metrics,
     finish_run,
@@ -184,6 +185,8 @@ def train(
     optimizers = [accelerator.prepare(optimizer) for optimizer in optimizers]
     position = Position()
     accelerator.register_for_checkpointing(position, *([averaged] if config.averaging else []))
+    if is_adapted(network):
+        keep_trained_weights(accelerator)
     kept = averaged.module if config.averaging else network
 
     if newest := latest_checkpoint(out):

@@ -14,7 +14,6 @@ def write_model_card(out: Path, stages: Sequence[Path], *, tasks: Sequence[str])
         tasks: names of the tasks that were learnt.
     """
     run = json.loads((out / "run.json").read_text())
-    config = json.loads((out / "config.json").read_text())
     origin = f"from {run['model']}" if run["model"] else f"from scratch, size {run['size']}"
     lines = [
         "---",
@@ -28,8 +27,7 @@ def write_model_card(out: Path, stages: Sequence[Path], *, tasks: Sequence[str])
         f"is the score. Made by RankOnce {origin}, seed {run['seed']}, in "
         f"{run['finished']['minutes']:g} minutes of training.",
         "",
-        f"Architecture: {config['model_type']}, {config['num_hidden_layers']} layers of "
-        f"{config['hidden_size']}, vocabulary {config['vocab_size']}.",
+        _describe_weights(out, run),
         f"Tasks: {', '.join(tasks) or 'none, texts only'}.",
         "",
         "```python",
@@ -65,6 +63,20 @@ def write_model_card(out: Path, stages: Sequence[Path], *, tasks: Sequence[str])
         "",
     ]
     (out / "README.md").write_text("\n".join(lines))
+
+
+def _describe_weights(out: Path, run: dict[str, Any]) -> str:
+    if adapter := run.get("adapter"):
+        held = "" if adapter["quantize"] == "none" else f", held in {adapter['quantize']} meanwhile"
+        return (
+            f"An adapter, {adapter['name']}: rank {adapter['rank']} over {run['model']}{held}. "
+            "`rankonce merge` makes a checkpoint of both."
+        )
+    config = json.loads((out / "config.json").read_text())
+    return (
+        f"Architecture: {config['model_type']}, {config['num_hidden_layers']} layers of "
+        f"{config['hidden_size']}, vocabulary {config['vocab_size']}."
+    )
 
 
 def _table(name: str, measured: dict[str, dict[str, Any]]) -> list[str]:

@@ -15,6 +15,7 @@ from rankonce.datasets.statistics import read_whole_numbers
 from rankonce.errors import TrainingError
 from rankonce.prompts.tasks import Task
 from rankonce.records import TrainingExample
+from rankonce.training.adapters import AdapterConfig
 from rankonce.training.catalogue import (
     quality_examples,
     read_catalogue,
@@ -176,6 +177,7 @@ def run_recipe(
     model: str | None = None,
     tasks: Iterable[Task] = (),
     evaluate: Evaluate | None = None,
+    adapter: AdapterConfig | None = None,
 ) -> None:
     """Run the stages of a recipe; see ``run_stages``."""
     run_stages(
@@ -188,6 +190,7 @@ def run_recipe(
         model=model,
         tasks=tasks,
         evaluate=evaluate,
+        adapter=adapter,
     )
 
 

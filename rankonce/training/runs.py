@@ -1,6 +1,7 @@
 """Runs of stages: the start, one stage after the other, and the finished ranker.
 
-OUT/                     the finished model, its tokenizer, run.json and README.md, the model card
+OUT/                     the finished model, its tokenizer, run.json and README.md, the model card;
+                         an adapter is written in PEFT's form, without its backbone
 OUT/stages/1-pretrain/   a run of the loop: see ``checkpoint``; evaluation.json if it was measured
 OUT/stages/2-finetune/   …
 """
@@ -14,15 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from rankonce.errors import TrainingError
+from rankonce.model.adapters import fingerprint_base
 from rankonce.model.loading import load_model
 from rankonce.model.sizes import CONTEXT_TOKENS, build_model
 from rankonce.prompts.encoding import TextEncoder
 from rankonce.prompts.rendering import Renderer
 from rankonce.prompts.tasks import Task, library_tasks
 from rankonce.records import TrainingExample
+from rankonce.training.adapters import AdapterConfig, load_network
 from rankonce.training.checkpoint import finish_run, is_finished, save_model, write_run_record
 from rankonce.training.loop import train
 from rankonce.training.model_card import write_model_card
@@ -46,6 +49,7 @@ def run_stages(
     model: str | None = None,
     tasks: Iterable[Task] = (),
     evaluate: Evaluate | None = None,
+    adapter: AdapterConfig | None = None,
 ) -> None:
     """Run stages one after the other, from a checkpoint or from random weights.
 
@@ -57,10 +61,13 @@ def run_stages(
         model: a checkpoint to start from; without one a tokenizer is trained on the texts of all
             stages and a model of the size is built.
         evaluate: measures the model on a stage's valid requests after each stage.
+        adapter: train this over the checkpoint, which stays as it is; it goes from stage to stage.
 
     Raises:
         RankOnceError: the data, the checkpoint or the output folder cannot be used.
     """
+    if adapter is not None:
+        _check_adapter(adapter, stages, model)
     known = {**library_tasks(), **{task.name: task for task in tasks}}
     stages, sources, left_out = _load(stages, data, known)
     used = {task.name: task for source in sources for task in source.tasks}
@@ -77,20 +84,21 @@ def run_stages(
         "model": model,
         "data": {key: value for source in sources for key, value in source.fingerprint.items()},
     }
+    if adapter is not None and model is not None:
+        record |= {"adapter": asdict(adapter), "base": fingerprint_base(model)}
     write_run_record(out, record)
     for part, table in (pair for source in sources for pair in source.split.items()):
         (out / "split").mkdir(exist_ok=True)
         table.write_parquet(out / "split" / f"{part}.parquet")
-    tokenizer, limit = _start(out, sources, list(known.values()), model, size, seed)
+    tokenizer, limit = _start(out, sources, list(known.values()), model, size, seed, adapter)
     renderer = Renderer(TextEncoder(tokenizer), max_prompt_tokens=limit)
     before: str | Path = out / "start" if model is None else model
     for number, (stage, source) in enumerate(zip(stages, sources, strict=True), start=1):
         folder = out / "stages" / f"{number}-{stage.name}"
         if not is_finished(folder):
+            torch.manual_seed(seed)
             train(
-                AutoModelForCausalLM.from_pretrained(
-                    before, dtype=torch.float32, attn_implementation="eager"
-                ),
+                load_network(before, adapter, base=model),
                 tokenizer,
                 source.open(renderer),
                 folder,
@@ -102,7 +110,7 @@ def run_stages(
         if evaluate is not None and source.valid and not measured.exists():
             measured.write_text(json.dumps(evaluate(folder, source.valid), indent=2) + "\n")
         before = folder
-    save_model(out, AutoModelForCausalLM.from_pretrained(before, dtype=torch.float32), tokenizer)
+    save_model(out, load_network(before, adapter, base=model), tokenizer)
     finished = [json.loads((p / "run.json").read_text())["finished"] for p in _folders(out, stages)]
     finish_run(
         out,
@@ -134,6 +142,17 @@ def _folders(out: Path, stages: Sequence[Stage]) -> list[Path]:
     return [out / "stages" / f"{number}-{s.name}" for number, s in enumerate(stages, start=1)]
 
 
+def _check_adapter(adapter: AdapterConfig, stages: Sequence[Stage], model: str | None) -> None:
+    if model is None:
+        raise TrainingError("model: should be given, since an adapter learns over a checkpoint")
+    averages = any(stage.config.averaging for stage in stages)
+    if averages and adapter.quantize != "none":
+        raise TrainingError(
+            f"averaging: should be 0 over a backbone in {adapter.quantize}, whose weights are "
+            "codes and have no mean"
+        )
+
+
 def _start(
     out: Path,
     sources: Sequence[StageSource],
@@ -141,6 +160,7 @@ def _start(
     model: str | None,
     size: str,
     seed: int,
+    adapter: AdapterConfig | None,
 ) -> tuple[Any, int]:
     """Check the checkpoint, or write a tokenizer and random weights to ``OUT/start``, once.
 
@@ -148,7 +168,7 @@ def _start(
         tasks: whose labels become one token each, also where a later run learns them.
     """
     if model is not None:
-        start = load_model(model, precision="fp32")
+        start = load_model(model, precision=adapter.precision if adapter else "fp32")
         return start.tokenizer, start.max_prompt_tokens
     folder = out / "start"
     if not (folder / "config.json").exists():

@@ -8,9 +8,11 @@ import numpy as np
 import polars as pl
 import pytest
 
+from rankonce import ranker
 from rankonce.datasets.movielens import MovieRows, movie_rows
 from rankonce.evaluation.metrics import auc
 from rankonce.evaluation.protocols import score_rows
+from rankonce.model.loading import load_model
 from rankonce.ranker import Ranker
 from tests.cli.conftest import Run
 
@@ -100,6 +102,30 @@ def test_a_recipe_trains_a_checkpoint_that_is_measured_beside_baselines(
     table = evaluate(run, data, "--model", out, "--markdown", "--plot", plot).out
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert f"{rows['run']['metrics']['auc']:.4f}" in table
+
+
+def test_a_recipe_trains_an_adapter_that_is_measured_over_its_backbone(
+    run: Command, data: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The cache of this folder's tests takes no adapters.
+    monkeypatch.setattr(ranker, "load_model", load_model)
+    settings = ("epochs=1", "averaging=0", "learning_rate=0.02", "targets_per_step=32")
+    done = run(
+        *("train", "ml1m", "--data", data, "--out", tmp_path / "films", "--model", model),
+        *("--lora-rank", "4", "--adapter-name", "films"),
+        *(part for setting in settings for part in ("--set", f"finetune.{setting}")),
+    )
+    assert done.exit_code == 0, done.err
+
+    def measure(*arguments: str | Path) -> float:
+        rows = json.loads(evaluate(run, data, *arguments, "--json").out)["metrics"]
+        return float(rows[0]["metrics"]["auc"])
+
+    adapter = f"mine={tmp_path / 'films'}"
+    backbone = measure("--model", model)
+    adapted = measure("--model", model, "--adapter", adapter)
+    assert adapted != backbone
+    assert measure("--model", tmp_path / "films") == pytest.approx(adapted, abs=1e-6)
 
 
 def test_an_unknown_recipe_is_named(run: Command, data: Path, tmp_path: Path) -> None:
