@@ -68,11 +68,11 @@ class RunState:
 
         With as many as before everything has the same bits; otherwise dropout draws anew.
         """
-        from torch.distributed.checkpoint.state_dict_loader import load
         from torch.distributed.checkpoint.state_dict import (
             set_model_state_dict,
             set_optimizer_state_dict,
         )
+        from torch.distributed.checkpoint.state_dict_loader import load
 
         processes, learner = self.learner.processes, self.learner.learner
         tensors = self._tensors()

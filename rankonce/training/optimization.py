@@ -111,7 +111,9 @@ def _local_part(tensor: Tensor) -> Tensor:
 def layer_dropout(num_layers: int, *, last: float, first: float | None) -> list[float]:
     """Dropout of every layer: from ``first`` in the lowest to ``last`` in the highest, linearly."""
     low = last if first is None else first
-    return [low + (last - low) * i / max(1, num_layers - 1) for i in range(num_layers)]
+    steps = max(1, num_layers - 1)
+    # Weighted so that both ends are exact: a share below 0 by rounding is refused.
+    return [(low * (steps - i) + last * i) / steps for i in range(num_layers)]
 
 
 def add_dropout(network: Any, shares: Sequence[float]) -> None:
