@@ -203,7 +203,8 @@ def _padded_arm(examples: Sequence[TokenizedExample], options: TrainingOptions) 
         # Logits of the last tokens and the labels alone: what is compared is the sequences.
         last_CD = hidden_CPD[torch.arange(len(prompts)), lengths_C - 1]
         log_probs_CL = (last_CD @ network.lm_head.weight[columns].T).log_softmax(1)
-        return -(targets_CL * log_probs_CL).sum()
+        total: Tensor = -(targets_CL * log_probs_CL).sum()
+        return total
 
     return _Arm(network=network, num_tokens=ids_CP.numel(), take_gradients=loss)
 
@@ -211,7 +212,7 @@ def _padded_arm(examples: Sequence[TokenizedExample], options: TrainingOptions) 
 def _gradients(arm: _Arm) -> list[Tensor]:
     arm.network.train()
     arm.network.zero_grad()
-    arm.take_gradients().backward()  # type: ignore[no-untyped-call]
+    arm.take_gradients().backward()
     found = [p.grad for p in arm.network.parameters() if p.grad is not None]
     if found[0].is_cuda:
         torch.cuda.synchronize()

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from rankonce.cli.options import TaskFileOption, quiet_transformers
+from rankonce.cli.options import TaskFileOption, is_first_process, quiet_transformers
 from rankonce.errors import TrainingError
 
 
@@ -49,6 +49,17 @@ def finetune(
         int, typer.Option(min=1, help="Bounds the memory of a pass.")
     ] = 16_384,
     seed: Annotated[int, typer.Option(min=0, help="Of everything.")] = 0,
+    precision: Annotated[str, typer.Option(help="fp32, or bf16 with weights in fp32.")] = "fp32",
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more work.")
+    ] = False,
+    sharding: Annotated[
+        str, typer.Option(help="With several processes: none (DDP) or fsdp (FSDP2).")
+    ] = "none",
+    peak_tflops: Annotated[
+        float | None,
+        typer.Option(help="Of one device, for the FLOP utilisation.", show_default="if known"),
+    ] = None,
     task_file: TaskFileOption = None,
 ) -> None:
     """Fine-tune a ranker at its score rows, many candidates of a member in one sequence.
@@ -77,6 +88,10 @@ def finetune(
         targets_per_step=targets_per_step,
         max_tokens_per_pass=max_tokens_per_pass,
         seed=seed,
+        precision=precision,  # type: ignore[arg-type]
+        gradient_checkpointing=gradient_checkpointing,
+        sharding=sharding,  # type: ignore[arg-type]
+        peak_tflops=peak_tflops,
     )
     run_stages(
         [Stage(name="finetune", load=load, config=config)],
@@ -88,7 +103,8 @@ def finetune(
         model=model,
         tasks=[load_task(path) for path in task_file or ()],
     )
-    typer.echo(f"model: {out}", err=True)
+    if is_first_process():
+        typer.echo(f"model: {out}", err=True)
 
 
 def _read_loss(text: str) -> tuple[str, float]:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from rankonce.cli.options import TaskFileOption, quiet_transformers
+from rankonce.cli.options import TaskFileOption, is_first_process, quiet_transformers
 from rankonce.errors import TrainingError
 
 
@@ -59,4 +59,5 @@ def train(
     chosen = replace(chosen.with_settings(settings or ()), size=size or chosen.size)
     tasks = [load_task(path) for path in task_file or ()]
     run_recipe(chosen, data, out, model=model, tasks=tasks)
-    typer.echo(f"model: {out}", err=True)
+    if is_first_process():
+        typer.echo(f"model: {out}", err=True)
