@@ -155,8 +155,13 @@ def training_options(
     output: Annotated[Path, typer.Option(dir_okay=False, help="JSON.")] = Path(
         "results/training-options.json"
     ),
+    record: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="Train nothing, print this record."),
+    ] = None,
 ) -> None:
     """Measure what dropout by layer, SGD at the end and another schedule change, and memory."""
+    import json
     from dataclasses import replace
 
     from rankonce.benchmarks.training_options import (
@@ -165,6 +170,9 @@ def training_options(
         measure_options,
     )
 
+    if record is not None:
+        typer.echo(describe_options(json.loads(record.read_text())))
+        return
     default = OptionsBenchmark()
     options = replace(
         default,
