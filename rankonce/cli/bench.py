@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from rankonce.cli.options import quiet_transformers
+
 app = typer.Typer(
     name="bench",
     help="Measure kernels and whole passes beside their limits and their peers.",
@@ -173,6 +175,7 @@ def training_options(
     if record is not None:
         typer.echo(describe_options(json.loads(record.read_text())))
         return
+    quiet_transformers()
     default = OptionsBenchmark()
     options = replace(
         default,

@@ -33,6 +33,9 @@ class Processes:
     Attributes:
         rank, count: of this process among all of them.
         device: of this process.
+
+    Raises:
+        TrainingError: the launch asks for sharding of its own.
     """
 
     def __init__(self) -> None:
@@ -49,6 +52,12 @@ class Processes:
             mixed_precision="no",
             kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
         )
+        # DDP or nothing: other ways to cut a model are ours to choose.
+        launched = self.accelerator.distributed_type.value
+        if launched in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+            raise TrainingError(
+                f"launch: accelerate's {launched} should be off; set sharding to fsdp instead"
+            )
         self.rank: int = self.accelerator.process_index
         self.count: int = self.accelerator.num_processes
         self.device: torch.device = self.accelerator.device

@@ -29,6 +29,7 @@ CONFIG = TrainConfig(
     learning_rate=3e-3,
     averaging=0.5,
     steps_per_checkpoint=2,
+    peak_tflops=0.5,
 )
 SHARDINGS = ("none", "fsdp")
 STAGES = ("labels", "tokens")

@@ -82,6 +82,11 @@ def test_two_processes_have_the_losses_and_weights_of_one(
                 for out in (alone, both)
             ]
         assert values[1] == pytest.approx(values[0], rel=1e-4)
+    for out, devices in ((alone, 1), (both, 2)):
+        for line in metrics(out):
+            if "loss" in line:
+                peak = devices * 0.5e12
+                assert line["flop_utilisation"] == pytest.approx(line["flop_per_s"] / peak)
     expected, actual = (load_file(out / "model.safetensors") for out in (alone, both))
     assert actual.keys() == expected.keys()
     for name, weight in expected.items():
