@@ -7,6 +7,7 @@ layers · [D(H + 2G)K + HKD + 3DI]; the formulas are those of docs/kernels-resul
 from dataclasses import dataclass
 
 from rankonce.benchmarks.workloads import HeadShape, ModelShape, PassShape
+from rankonce.model import work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,7 @@ def visible_pairs(shape: PassShape, *, packed: bool = True) -> int:
 
 def attention_flop(heads: HeadShape, shape: PassShape, *, backward: bool = False) -> float:
     """Count one layer's attention: two products forward, five backward."""
-    forward = 4.0 * heads.queries * heads.size * visible_pairs(shape)
+    forward = work.attention_flop(heads.queries, heads.size, visible_pairs(shape))
     return 2.5 * forward if backward else forward
 
 
@@ -69,9 +70,9 @@ def work_of(model: ModelShape, shape: PassShape, *, packed: bool = True) -> Work
     pairs = visible_pairs(shape, packed=packed)
     layers = model.num_hidden_layers
     return Work(
-        gemm_flop=2.0 * weights * layers * tokens,
-        attention_flop=4.0 * heads.queries * heads.size * layers * pairs,
-        head_flop=2.0 * shape.num_candidates * model.vocab_size * model.hidden_size,
+        gemm_flop=work.product_flop(weights * layers, tokens),
+        attention_flop=layers * work.attention_flop(heads.queries, heads.size, pairs),
+        head_flop=work.product_flop(model.vocab_size * model.hidden_size, shape.num_candidates),
         elementwise_bytes=2.0 * elementwise * layers * tokens,
     )
 
@@ -82,20 +83,20 @@ def limits_ms(model: ModelShape, shape: PassShape, ceilings: Ceilings) -> dict[s
     ``limit_ms`` is all FLOP at the dense ceiling, ``fp8_limit_ms`` at the FP8 ceiling;
     ``fp8_linear_limit_ms`` has only the linear layers in FP8, as our FP8 has them.
     """
-    work, separate = work_of(model, shape), work_of(model, shape, packed=False)
+    packed, separate = work_of(model, shape), work_of(model, shape, packed=False)
 
     def at(flop: float, tflops: float) -> float:
         return flop / tflops / 1e9
 
     limits = {
-        "limit_ms": at(work.flop, ceilings.matmul_tflops),
+        "limit_ms": at(packed.flop, ceilings.matmul_tflops),
         "separate_limit_ms": at(separate.flop, ceilings.matmul_tflops),
-        "elementwise_ms": work.elementwise_bytes / ceilings.copy_tb_s / 1e9,
+        "elementwise_ms": packed.elementwise_bytes / ceilings.copy_tb_s / 1e9,
     }
     if ceilings.fp8_tflops is not None:
-        rest = at(work.attention_flop + work.head_flop, ceilings.matmul_tflops)
-        limits["fp8_limit_ms"] = at(work.flop, ceilings.fp8_tflops)
-        limits["fp8_linear_limit_ms"] = at(work.gemm_flop, ceilings.fp8_tflops) + rest
+        rest = at(packed.attention_flop + packed.head_flop, ceilings.matmul_tflops)
+        limits["fp8_limit_ms"] = at(packed.flop, ceilings.fp8_tflops)
+        limits["fp8_linear_limit_ms"] = at(packed.gemm_flop, ceilings.fp8_tflops) + rest
     return limits
 
 

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from rankonce.cli.options import quiet_transformers
+
 app = typer.Typer(
     name="bench",
     help="Measure kernels and whole passes beside their limits and their peers.",
@@ -145,6 +147,73 @@ def adapters(
         output=output,
     )
     typer.echo(run_study(options))
+
+
+@app.command()
+def training(
+    size: Annotated[str, typer.Option(help="Of the model, 1m to 150m.")] = "3m",
+    candidates: Annotated[int, typer.Option(min=1, help="Of a member, up to 100.")] = 20,
+    rounds: Annotated[int, typer.Option(min=1, help="Every arm is timed once a round.")] = 5,
+    device: DeviceOption = None,
+    output: Annotated[Path, typer.Option(dir_okay=False, help="JSON.")] = Path(
+        "results/training-packed.json"
+    ),
+) -> None:
+    """Time training with many candidates in a sequence beside one prompt a candidate."""
+    import torch
+
+    from rankonce.benchmarks.training import TrainingOptions, describe_training, measure_training
+
+    options = TrainingOptions(
+        size=size,
+        num_candidates=candidates,
+        rounds=rounds,
+        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        output=output,
+    )
+    typer.echo(describe_training(measure_training(options)))
+
+
+@app.command("training-options")
+def training_options(
+    task: Annotated[str, typer.Option(help="Of a simulated platform.")] = "job-apply",
+    train: Annotated[int, typer.Option(min=1, help="Requests to learn from.")] = 300,
+    valid: Annotated[int, typer.Option(min=1, help="Requests to measure on.")] = 150,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the requests.")] = 2,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of every arm.")] = 3,
+    output: Annotated[Path, typer.Option(dir_okay=False, help="JSON.")] = Path(
+        "results/training-options.json"
+    ),
+    record: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="Train nothing, print this record."),
+    ] = None,
+) -> None:
+    """Measure what dropout by layer, SGD at the end and another schedule change, and memory."""
+    import json
+    from dataclasses import replace
+
+    from rankonce.benchmarks.training_options import (
+        OptionsBenchmark,
+        describe_options,
+        measure_options,
+    )
+
+    if record is not None:
+        typer.echo(describe_options(json.loads(record.read_text())))
+        return
+    quiet_transformers()
+    default = OptionsBenchmark()
+    options = replace(
+        default,
+        task=task,
+        num_train=train,
+        num_valid=valid,
+        config=replace(default.config, epochs=epochs),
+        seeds=tuple(range(seeds)),
+        output=output,
+    )
+    typer.echo(describe_options(measure_options(options)))
 
 
 @app.command()

@@ -13,6 +13,7 @@ from rankonce.cli.options import (
     LoraTargetOption,
     QloraOption,
     TaskFileOption,
+    is_first_process,
     quiet_transformers,
     read_adapter_config,
 )
@@ -62,6 +63,17 @@ def finetune(
         int, typer.Option(min=1, help="Bounds the memory of a pass.")
     ] = 16_384,
     seed: Annotated[int, typer.Option(min=0, help="Of everything.")] = 0,
+    precision: Annotated[str, typer.Option(help="fp32, or bf16 with weights in fp32.")] = "fp32",
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more work.")
+    ] = False,
+    sharding: Annotated[
+        str, typer.Option(help="With several processes: none (DDP) or fsdp (FSDP2).")
+    ] = "none",
+    peak_tflops: Annotated[
+        float | None,
+        typer.Option(help="Of one device, for the FLOP utilisation.", show_default="if known"),
+    ] = None,
     task_file: TaskFileOption = None,
     lora_rank: LoraRankOption = None,
     lora_alpha: LoraAlphaOption = None,
@@ -104,6 +116,10 @@ def finetune(
         targets_per_step=targets_per_step,
         max_tokens_per_pass=max_tokens_per_pass,
         seed=seed,
+        precision=precision,  # type: ignore[arg-type]
+        gradient_checkpointing=gradient_checkpointing,
+        sharding=sharding,  # type: ignore[arg-type]
+        peak_tflops=peak_tflops,
     )
     run_stages(
         [Stage(name="finetune", load=load, config=config)],
@@ -116,7 +132,8 @@ def finetune(
         tasks=[load_task(path) for path in task_file or ()],
         adapter=adapter,
     )
-    typer.echo(f"model: {out}", err=True)
+    if is_first_process():
+        typer.echo(f"model: {out}", err=True)
 
 
 def _read_loss(text: str) -> tuple[str, float]:

@@ -1,6 +1,7 @@
 """Options that several commands share, and the loading of a ranker from them."""
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -250,6 +251,11 @@ def load_ranker(
         config=RankerConfig(label_mass=label_mass, chat=chat, adapter=adapter, **given),
         adapters=adapters,
     )
+
+
+def is_first_process() -> bool:
+    """Whether this process speaks for all that ``torchrun`` or ``accelerate launch`` started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def quiet_transformers() -> None:

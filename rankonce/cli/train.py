@@ -13,6 +13,7 @@ from rankonce.cli.options import (
     LoraTargetOption,
     QloraOption,
     TaskFileOption,
+    is_first_process,
     quiet_transformers,
     read_adapter_config,
 )
@@ -84,4 +85,5 @@ def train(
     chosen = replace(chosen, size=size or chosen.size)
     tasks = [load_task(path) for path in task_file or ()]
     run_recipe(chosen, data, out, model=model, tasks=tasks, adapter=adapter)
-    typer.echo(f"model: {out}", err=True)
+    if is_first_process():
+        typer.echo(f"model: {out}", err=True)

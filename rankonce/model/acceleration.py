@@ -231,6 +231,9 @@ class FastLayer:
         *,
         residual_TD: Tensor | None = None,
     ) -> tuple[Any, Tensor]:
+        if residual_TD is not None:
+            # Products under an autocast come in bf16; hidden states keep their own dtype.
+            x_TD = x_TD.to(residual_TD.dtype)
         return rms_norm(
             x_TD,
             norm.weight,

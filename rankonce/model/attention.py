@@ -5,7 +5,7 @@ so a pass travels as ``segment_pass`` and no model code changes. Masks are ours 
 registered mask function returns none, since the spans say who sees whom.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,16 +20,19 @@ from rankonce.model.prefix_cache import KeysValues
 ATTENTION_NAME = "rankonce_segments"
 
 
-@dataclass(kw_only=True)
 class SegmentPass:
     """What the layers of one pass share.
 
-    Attributes:
+    Layers write into it, so it is no dataclass: FSDP copies those on their way into a layer.
+
+    Args:
         spans: who sees whom.
         score_spans: the same for the score rows alone.
         score_rows_C: the last token of every candidate.
         cached: for each layer keys and values of the cached prefixes, in the order of their rows.
         kept_rows: for each prefix to be kept, its token rows.
+
+    Attributes:
         kept: filled by the layers: for each of ``kept_rows``, keys and values layer by layer.
         recorded: filled by the layers, where it is given: keys and values of all tokens.
         residual_TD: left by an accelerated layer for the next one, which adds it.
@@ -38,17 +41,23 @@ class SegmentPass:
         num_layers: filled by the layers: how many of them ran segment attention.
     """
 
-    spans: SegmentSpans
-    score_spans: SegmentSpans
-    score_rows_C: Tensor
-    cached: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    kept_rows: list[tuple[int, int]] = field(default_factory=list)
-    kept: list[KeysValues] = field(default_factory=list)
-    recorded: KeysValues | None = None
-    residual_TD: Tensor | None = None
-    trimmed: bool = False
-    sliding_windows: set[int] = field(default_factory=set)
-    num_layers: int = 0
+    def __init__(
+        self,
+        *,
+        spans: SegmentSpans,
+        score_spans: SegmentSpans,
+        score_rows_C: Tensor,
+        cached: Sequence[tuple[Tensor, Tensor]] = (),
+        kept_rows: Sequence[tuple[int, int]] = (),
+    ) -> None:
+        self.spans, self.score_spans, self.score_rows_C = spans, score_spans, score_rows_C
+        self.cached, self.kept_rows = cached, kept_rows
+        self.kept: list[KeysValues] = [[] for _ in kept_rows]
+        self.recorded: KeysValues | None = None
+        self.residual_TD: Tensor | None = None
+        self.trimmed = False
+        self.sliding_windows: set[int] = set()
+        self.num_layers = 0
 
     def take_up(self, k_TGK: Tensor, v_TGK: Tensor) -> tuple[Tensor, Tensor]:
         """Keep the prefixes of a layer that are to be kept and put the cached ones in front.
@@ -94,8 +103,9 @@ def attend_segments(
         raise ModelError(f"{name}: attention_dropout should be 0 in packed passes, is {dropout}")
     if sliding_window is not None:
         segment_pass.sliding_windows.add(sliding_window)
-    q_THK = query[0].transpose(0, 1)
-    k_SGK, v_SGK = segment_pass.take_up(key[0].transpose(0, 1), value[0].transpose(0, 1))
+    # Under an autocast the rotary embedding leaves queries and keys wider than values.
+    q_THK, k_TGK, v_TGK = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))
+    k_SGK, v_SGK = segment_pass.take_up(k_TGK, v_TGK)
     out_THK = segment_attention(
         q_THK,
         k_SGK,

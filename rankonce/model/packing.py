@@ -79,7 +79,6 @@ class HostPass:
                 score_rows_C=score_rows_C,
                 cached=join_prefixes(cached),
                 kept_rows=self.kept_rows,
-                kept=[[] for _ in self.kept_rows],
             ),
             kept_requests=self.kept_requests,
         )

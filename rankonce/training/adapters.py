@@ -3,13 +3,11 @@
 The backbone may be held in 4 or 8 bits; the adapter's weights are FP32 all the same.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from rankonce.errors import MissingDependencyError, TrainingError
@@ -81,36 +79,6 @@ def load_network(source: str | Path, adapter: AdapterConfig | None, *, base: str
     settings = network.peft_config[network.active_adapters()[0]]
     settings.base_model_name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
     return network
-
-
-def is_adapted(network: Any) -> bool:
-    """Whether a network has an adapter."""
-    return bool(getattr(network, "peft_config", None))
-
-
-def keep_trained_weights(accelerator: Any) -> None:
-    """Make a run's state hold the adapter and not the backbone, which does not change."""
-
-    def save(models: Sequence[Any], weights: Sequence[dict[str, Any]], _: str) -> None:
-        for model, state in zip(models, weights, strict=True):
-            trained = _trained_names(model)
-            for name in set(state) - trained:
-                del state[name]
-
-    def load(models: list[Any], folder: str) -> None:
-        while models:
-            model = models.pop()
-            state = load_file(Path(folder) / "model.safetensors")
-            if set(state) != _trained_names(model):
-                raise TrainingError(f"out: {folder} holds the state of another adapter")
-            model.load_state_dict(state, strict=False)
-
-    accelerator.register_save_state_pre_hook(save)
-    accelerator.register_load_state_pre_hook(load)
-
-
-def _trained_names(model: Any) -> set[str]:
-    return {name for name, weight in model.named_parameters() if weight.requires_grad}
 
 
 def _load_backbone(base: str, adapter: AdapterConfig) -> Any:

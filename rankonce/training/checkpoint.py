@@ -3,42 +3,145 @@
 OUT/                     the finished model: config, safetensors, tokenizer
 OUT/run.json             recipe, configuration, fingerprints of the data, commit, versions
 OUT/metrics.jsonl        one line a step
-OUT/checkpoints/STEP/    a model as above, and state/ with optimiser and random numbers
+OUT/checkpoints/STEP/    a model as above, and state/ with what the run goes on from: weights and
+                         optimisers, in parts where processes hold parts, and random numbers
+
+Several processes share one file system: each writes its part of a state, the first everything else.
 """
 
 import json
+import logging
 import os
 import shutil
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rankonce.environment import describe_environment
 from rankonce.errors import TrainingError
+from rankonce.training.optimization import WeightAverage
+from rankonce.training.parallel import ParallelLearner
+
+logger = logging.getLogger(__name__)
 
 _NUM_KEPT = 2
 
 
-def save_checkpoint(
-    out: Path, step: int, *, accelerator: Any, network: Any, tokenizer: Any
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class RunState:
+    """What goes on from checkpoint to checkpoint beside the model that is kept.
+
+    Attributes:
+        learner: whose weights are trained, on every process.
+        optimizers: over its parameters.
+        average: of the weights, if one is kept.
+        position: has a ``state_dict`` of plain numbers.
+    """
+
+    learner: ParallelLearner
+    optimizers: Sequence[torch.optim.Optimizer]
+    average: WeightAverage | None
+    position: Any
+
+    def save(self, folder: Path) -> None:
+        """Write it, each process its part."""
+        from torch.distributed.checkpoint.state_dict_saver import save
+
+        processes = self.learner.processes
+        with _silent_alone():
+            save(self._tensors(), checkpoint_id=folder)
+        own = {
+            "position": self.position.state_dict(),
+            "updates": self.average.num_updates if self.average else 0,
+            "random": _random_state(processes.device),
+            "processes": processes.count,
+        }
+        torch.save(own, folder / f"process-{processes.rank}.pt")
+
+    def load(self, folder: Path) -> None:
+        """Take up what was saved, also by another number of processes.
+
+        With as many as before everything has the same bits; otherwise dropout draws anew.
+        """
+        from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
+        from torch.distributed.checkpoint.state_dict_loader import load
+
+        processes, learner = self.learner.processes, self.learner.learner
+        tensors = self._tensors()
+        with _silent_alone():
+            load(tensors, checkpoint_id=folder)
+        for number, optimizer in enumerate(self.optimizers):
+            set_optimizer_state_dict(learner, optimizer, tensors[f"optimizer {number}"])
+        first = torch.load(folder / "process-0.pt", weights_only=True)
+        self.position.load_state_dict(first["position"])
+        if self.average is not None:
+            self.average.num_updates = first["updates"]
+        if first["processes"] == processes.count:
+            own = torch.load(folder / f"process-{processes.rank}.pt", weights_only=True)
+            _set_random_state(own["random"], processes.device)
+        else:
+            logger.warning(
+                "goes on with %d processes after %d: other random numbers, other rounding",
+                *(processes.count, first["processes"]),
+            )
+
+    def _tensors(self) -> dict[str, Any]:
+        from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+        learner = self.learner.learner
+        # Loading writes into these. A backbone under an adapter does not change and is not kept.
+        trained = {n: p.detach() for n, p in learner.named_parameters() if p.requires_grad}
+        tensors: dict[str, Any] = {"model": trained}
+        for number, optimizer in enumerate(self.optimizers):
+            tensors[f"optimizer {number}"] = get_optimizer_state_dict(learner, optimizer)
+        if self.average is not None:
+            tensors["average"] = dict(enumerate(self.average.averages))
+        return tensors
+
+
+def save_checkpoint(out: Path, step: int, *, state: RunState, tokenizer: Any) -> None:
     """Write a checkpoint aside and move it into place, so that a torn one is never found."""
+    processes = state.learner.processes
     folder = out / "checkpoints"
-    folder.mkdir(parents=True, exist_ok=True)
     unfinished = folder / f".{step}"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    save_model(unfinished, network, tokenizer)
-    accelerator.save_state(str(unfinished / "state"), safe_serialization=True)
-    final = folder / str(step)
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(unfinished, final)
-    for old in _steps(folder)[:-_NUM_KEPT]:
-        shutil.rmtree(folder / str(old))
+    if processes.is_first:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+    processes.wait()
+    save_kept(unfinished, state, tokenizer)
+    state.save(unfinished / "state")
+    processes.wait()
+    if processes.is_first:
+        final = folder / str(step)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(unfinished, final)
+        for old in _steps(folder)[:-_NUM_KEPT]:
+            shutil.rmtree(folder / str(old))
 
 
-def save_model(folder: Path, network: Any, tokenizer: Any) -> None:
-    """Write a model that ``from_pretrained`` loads."""
+def save_kept(folder: Path, state: RunState, tokenizer: Any) -> None:
+    """Write the model that a run keeps, the average where there is one, by the first process."""
+    with state.average.applied() if state.average else nullcontext():
+        weights = state.learner.gather_weights()
+        if state.learner.processes.is_first:
+            save_model(folder, state.learner.network, tokenizer, weights=weights)
+
+
+def save_model(
+    folder: Path, network: Any, tokenizer: Any, *, weights: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Write a model that ``from_pretrained`` loads.
+
+    Args:
+        weights: the network's own by default.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    network.save_pretrained(folder, safe_serialization=True)
+    network.save_pretrained(folder, state_dict=weights, safe_serialization=True)
     tokenizer.save_pretrained(folder)
 
 
@@ -48,15 +151,17 @@ def latest_checkpoint(out: Path) -> tuple[int, Path] | None:
     return (steps[-1], out / "checkpoints" / str(steps[-1])) if steps else None
 
 
-def write_run_record(out: Path, record: dict[str, Any]) -> None:
+def write_run_record(out: Path, record: dict[str, Any], *, writes: bool = True) -> None:
     """Write what the run was made of, or check that a resumed run is the same one.
 
     ``environments`` lists where each part of the run was computed.
 
+    Args:
+        writes: false only checks, for processes beside the first.
+
     Raises:
         TrainingError: the folder holds a run that was made of something else.
     """
-    out.mkdir(parents=True, exist_ok=True)
     path = out / "run.json"
     record = json.loads(json.dumps(record))
     environments = []
@@ -73,6 +178,9 @@ def write_run_record(out: Path, record: dict[str, Any]) -> None:
                     f"out: {out} holds a run with another {name}; choose a new folder or the "
                     f"{name} of before: {before.get(name)}"
                 )
+    if not writes:
+        return
+    out.mkdir(parents=True, exist_ok=True)
     if (environment := describe_environment()) not in environments:
         environments.append(environment)
     unfinished = path.with_suffix(".tmp")
@@ -114,3 +222,24 @@ def _steps(folder: Path) -> list[int]:
     if not folder.is_dir():
         return []
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+
+
+def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def _set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+@contextmanager
+def _silent_alone() -> Iterator[None]:
+    """Keep the remark away that one process saves alone, which is what is meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield

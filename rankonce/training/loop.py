@@ -2,41 +2,48 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from rankonce.errors import MissingDependencyError, NumericsError, TrainingError
+from rankonce.errors import TrainingError
 from rankonce.model.acceleration import accelerate_model
 from rankonce.model.loading import use_segment_attention
-from rankonce.training.adapters import is_adapted, keep_trained_weights
 from rankonce.training.checkpoint import (
+    RunState,
     cut_metrics,
     finish_run,
     latest_checkpoint,
     save_checkpoint,
-    save_model,
+    save_kept,
     write_run_record,
 )
+from rankonce.training.fp8 import check_fp8, train_in_fp8
 from rankonce.training.objectives import Learner, Objective, Unit
 from rankonce.training.optimization import (
     Schedule,
+    WeightAverage,
     add_dropout,
     build_optimizers,
     layer_dropout,
     rate_factor,
 )
-from rankonce.training.reporter import Reporter
-from rankonce.training.steps import (
-    cut_into_steps,
-    shuffle_stream,
-    shuffle_units,
-    split_by_tokens,
+from rankonce.training.parallel import (
+    ParallelLearner,
+    Processes,
+    Sharding,
+    StepSums,
 )
+from rankonce.training.recomputation import recompute_layers
+from rankonce.training.reporter import open_report
+from rankonce.training.steps import cut_into_steps, shuffle_stream, shuffle_units
+from rankonce.training.throughput import known_peak_tflops, throughput
+
+Precision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +71,15 @@ class TrainConfig:
         buffer_size: units of a stream among which the order is random.
         seed: of the order of units and the random numbers of training.
         steps_per_checkpoint: how much is lost at most when a run is killed.
+        precision: ``bf16`` multiplies in bf16; weights, hidden states between layers, head and
+            loss stay in fp32.
+        fp8: multiply in FP8 in the forward pass of the decoder's linear layers; needs a GPU that
+            can, and does not pay for small models.
+        gradient_checkpointing: layers keep their input only and are computed again for their
+            gradients: less memory, a third more work.
+        sharding: what several processes do with the weights: ``none`` holds them in each (DDP),
+            ``fsdp`` cuts them among all (FSDP2).
+        peak_tflops: of one device in this precision, for the FLOP utilisation; known for some.
     """
 
     epochs: int = 3
@@ -84,6 +100,19 @@ class TrainConfig:
     buffer_size: int = 4096
     seed: int = 0
     steps_per_checkpoint: int = 100
+    precision: Precision = "fp32"
+    fp8: bool = False
+    gradient_checkpointing: bool = False
+    sharding: Sharding = "none"
+    peak_tflops: float | None = None
+
+    def __post_init__(self) -> None:
+        choices = {"schedule": Schedule, "precision": Precision, "sharding": Sharding}
+        for name, known in choices.items():
+            if (value := getattr(self, name)) not in get_args(known):
+                raise TrainingError(
+                    f"{name}: should be one of {', '.join(get_args(known))}, is {value!r}"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,61 +171,43 @@ def train(
     """Train a model and write it to ``out``.
 
     A step's loss is summed over its targets and divided by their number, however they fall into
-    passes. A run that finds checkpoints in ``out`` goes on from the newest.
+    passes and over processes. A run that finds checkpoints in ``out`` goes on from the newest.
 
     Args:
-        network: a transformers causal language model in fp32.
+        network: a transformers causal language model in fp32; its layers are changed.
         name: of the stage, for people.
         record: what else the run record should say, as which data these are; a resumed run must
             say the same.
 
     Raises:
-        TrainingError: ``out`` holds another run, or a stream comes without ``max_steps``.
+        TrainingError: ``out`` holds another run, a stream comes without ``max_steps``, or the
+            processes or the device cannot do what the configuration asks.
         NumericsError: the loss is NaN or infinite.
     """
-    try:
-        from accelerate import Accelerator
-        from accelerate.utils import set_seed
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise MissingDependencyError(error.name or "accelerate", extra="train") from error
-
     if data.is_stream and config.max_steps is None:
         raise TrainingError("max_steps: should be given, since the length of a stream is not known")
+    processes = Processes()
+    if config.fp8:
+        check_fp8(processes.device)
     write_run_record(
-        out, {"config": asdict(config), "objective": repr(data.objective), **(record or {})}
+        out,
+        {"config": asdict(config), "objective": repr(data.objective), **(record or {})},
+        writes=processes.is_first,
     )
-    accelerator = Accelerator()
-    if accelerator.num_processes > 1:
-        raise TrainingError("processes: one process only; several would train on the same rows")
-    set_seed(config.seed)
-    use_segment_attention(network)
-    accelerate_model(network, trainable=True)
-    num_layers = network.config.get_text_config().num_hidden_layers
-    add_dropout(network, layer_dropout(num_layers, last=config.dropout, first=config.first_dropout))
-    network.train()
-    optimizers = build_optimizers(
-        network, weight_decay=config.weight_decay, with_sgd=config.sgd_from < 1
-    )
-    averaged: Any = None
-    if config.averaging:
-        averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.averaging))
-    learner = accelerator.prepare(Learner(network, data.objective))
-    optimizers = [accelerator.prepare(optimizer) for optimizer in optimizers]
-    position = Position()
-    accelerator.register_for_checkpointing(position, *([averaged] if config.averaging else []))
-    if is_adapted(network):
-        keep_trained_weights(accelerator)
-    kept = averaged.module if config.averaging else network
-
+    state = _set_up(network, data.objective, processes, config)
+    learner, position = state.learner, state.position
     if newest := latest_checkpoint(out):
-        accelerator.load_state(str(newest[1] / "state"))
-    cut_metrics(out, position.step)
-    writer = SummaryWriter(str(out / "tensorboard"), purge_step=position.step + 1)
-    with Reporter(out, writer, name=name) as reporter:
+        state.load(newest[1] / "state")
+    if processes.is_first:
+        cut_metrics(out, position.step)
+    peak_tflops = config.peak_tflops or known_peak_tflops(processes.device, config.precision)
+    with open_report(
+        out, name=name, last_step=position.step, is_silent=not processes.is_first
+    ) as report:
         for units, progress in _plan_steps(data, config, position):
             started = time.perf_counter()
-            optimizer = optimizers[progress > config.sgd_from]
+            is_sgd = progress > config.sgd_from
+            optimizer = state.optimizers[is_sgd]
             rate = config.learning_rate * rate_factor(
                 progress,
                 schedule=config.schedule,
@@ -204,36 +215,72 @@ def train(
                 final_share=config.final_share,
             )
             for group in optimizer.param_groups:
-                group["lr"] = rate * (config.sgd_scale if progress > config.sgd_from else 1.0)
-            loss, norm = _optimize(accelerator, learner, optimizer, units, config)
-            if config.averaging:
-                averaged.update_parameters(network)
+                group["lr"] = rate * (config.sgd_scale if is_sgd else 1.0)
+            sums, norm = _optimize(learner, optimizer, units, config)
+            if state.average:
+                state.average.update()
             seconds = time.perf_counter() - started
             position.seconds += seconds
-            reporter.write(
+            report(
                 step=position.step,
                 progress=progress,
                 epoch=position.epoch,
-                loss=loss,
+                loss=sums.loss,
                 gradient_norm=norm,
                 learning_rate=rate,
                 targets=sum(unit.num_targets for unit in units),
-                tokens_per_s=sum(unit.num_tokens for unit in units) / seconds,
+                tokens_per_s=sums.num_tokens / seconds,
+                **throughput(sums.flop / seconds, processes.count, peak_tflops),
             )
             if position.step % config.steps_per_checkpoint == 0:
-                save_checkpoint(
-                    out, position.step, accelerator=accelerator, network=kept, tokenizer=tokenizer
-                )
-            ends_epoch = progress >= 1 or position.place == 0
-            if ends_epoch and (loss_of_valid := mean_loss(kept, data, config)) is not None:
-                reporter.write(
-                    step=position.step,
-                    progress=progress,
-                    epoch=position.epoch,
-                    valid_loss=loss_of_valid,
-                )
-    save_model(out, kept, tokenizer)
-    finish_run(out, steps=position.step, seconds=position.seconds)
+                save_checkpoint(out, position.step, state=state, tokenizer=tokenizer)
+            if progress >= 1 or position.place == 0:
+                valid = list(data.valid())
+                if valid:
+                    with state.average.applied() if state.average else nullcontext():
+                        valid_loss = learner.mean_loss(valid)
+                    report(
+                        step=position.step,
+                        progress=progress,
+                        epoch=position.epoch,
+                        valid_loss=valid_loss,
+                    )
+    save_kept(out, state, tokenizer)
+    if processes.is_first:
+        finish_run(out, steps=position.step, seconds=position.seconds)
+    processes.wait()
+
+
+def _set_up(
+    network: Any, objective: Objective[Any], processes: Processes, config: TrainConfig
+) -> RunState:
+    """Make a model ready to be trained: its layers, its processes, its optimisers."""
+    from accelerate.utils import set_seed
+
+    # Every process drops other outputs; the first one's are those of a process alone.
+    set_seed(config.seed, device_specific=True)
+    use_segment_attention(network)
+    accelerate_model(network, trainable=True)
+    num_layers = network.config.get_text_config().num_hidden_layers
+    add_dropout(network, layer_dropout(num_layers, last=config.dropout, first=config.first_dropout))
+    if config.fp8:
+        train_in_fp8(network)
+    network.train()
+    learner = ParallelLearner(
+        Learner(network, objective),
+        processes,
+        sharding=config.sharding,
+        precision=config.precision,
+        max_tokens_per_pass=config.max_tokens_per_pass,
+    )
+    if config.gradient_checkpointing:
+        recompute_layers(network)
+    optimizers = build_optimizers(
+        network, weight_decay=config.weight_decay, with_sgd=config.sgd_from < 1
+    )
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    average = WeightAverage(trained, kept=config.averaging) if config.averaging else None
+    return RunState(learner=learner, optimizers=optimizers, average=average, position=Position())
 
 
 def _plan_steps(
@@ -289,39 +336,14 @@ def _mark_last(steps: Iterable[list[Unit]]) -> Iterator[tuple[list[Unit], bool]]
         yield before, True
 
 
-@torch.no_grad()
-def mean_loss(network: Any, data: TrainingData, config: TrainConfig) -> float | None:
-    """Mean loss over the targets of the valid units, ``None`` if there are none."""
-    units = list(data.valid())
-    if not units:
-        return None
-    was_training = network.training
-    network.eval()
-    total = 0.0
-    for part in split_by_tokens(units, max_tokens_per_pass=config.max_tokens_per_pass):
-        batch = data.objective.pack(part, network.device)
-        total += float(data.objective.loss(network, batch))
-    network.train(was_training)
-    return total / max(1, sum(unit.num_targets for unit in units))
-
-
 def _optimize(
-    accelerator: Any, learner: Any, optimizer: Any, units: Sequence[Unit], config: TrainConfig
-) -> tuple[float, float]:
-    objective = accelerator.unwrap_model(learner).objective
-    num_targets = max(1, sum(unit.num_targets for unit in units))
-    total = 0.0
+    learner: ParallelLearner,
+    optimizer: torch.optim.Optimizer,
+    units: Sequence[Unit],
+    config: TrainConfig,
+) -> tuple[StepSums, float]:
     optimizer.zero_grad()
-    for part in split_by_tokens(units, max_tokens_per_pass=config.max_tokens_per_pass):
-        if not any(unit.num_targets for unit in part):
-            continue
-        loss = learner(objective.pack(part, accelerator.device)) / num_targets
-        if not torch.isfinite(loss):
-            raise NumericsError(
-                f"loss: is {loss.item()}; lower the learning rate or look at the data"
-            )
-        accelerator.backward(loss)
-        total += float(loss.detach())
-    norm = accelerator.clip_grad_norm_(learner.parameters(), config.max_gradient_norm)
+    sums = learner.accumulate_gradients(units)
+    norm = learner.clip_gradients(config.max_gradient_norm)
     optimizer.step()
-    return total, float(norm)
+    return sums, norm

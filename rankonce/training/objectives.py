@@ -42,6 +42,9 @@ class Objective(Protocol[U]):
     def loss(self, network: Any, batch: Any) -> Tensor:
         """Sum the loss over a pass's targets."""
 
+    def num_logits(self, batch: Any, vocabulary: int) -> int:
+        """Count the logits that a pass takes; the vocabulary is that of the head."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LabelObjective:
@@ -67,17 +70,22 @@ class LabelObjective:
         hidden_CD = forward_pass(network, batch.batch)
         head = head_of(network)
         total = hidden_CD.new_zeros((), dtype=torch.float32)
-        for group in batch.groups:
-            rows = LabelRows(
-                log_probs_RL=head.label_logprobs(hidden_CD[group.rows_R], group.label_ids),
-                targets_RL=group.targets_RL,
-                slates_R=group.slates_R,
-                gains_L=group.gains_L,
-                ranking=group.ranking,
-            )
-            for name, weight in self.losses.items():
-                total = total + weight * LOSSES[name](rows)
+        with _full_precision(hidden_CD):
+            for group in batch.groups:
+                rows = LabelRows(
+                    log_probs_RL=head.label_logprobs(hidden_CD[group.rows_R], group.label_ids),
+                    targets_RL=group.targets_RL,
+                    slates_R=group.slates_R,
+                    gains_L=group.gains_L,
+                    ranking=group.ranking,
+                )
+                for name, weight in self.losses.items():
+                    total = total + weight * LOSSES[name](rows)
         return total
+
+    def num_logits(self, batch: TrainingBatch, vocabulary: int) -> int:
+        """Count the labels' forms at the score rows."""
+        return sum(len(group.rows_R) * sum(map(len, group.label_ids)) for group in batch.groups)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +101,17 @@ class TokenObjective:
     def loss(self, network: Any, batch: SequenceBatch) -> Tensor:
         """Sum the cross-entropy over a pass's learnt tokens."""
         hidden_TD = forward_pass(network, batch.batch)
-        return token_loss(head_of(network), hidden_TD[batch.rows_R], batch.target_ids_R)
+        with _full_precision(hidden_TD):
+            return token_loss(head_of(network), hidden_TD[batch.rows_R], batch.target_ids_R)
+
+    def num_logits(self, batch: SequenceBatch, vocabulary: int) -> int:
+        """Count the whole vocabulary at every learnt token."""
+        return len(batch.rows_R) * vocabulary
+
+
+def _full_precision(hidden: Tensor) -> torch.autocast:
+    """Keep head and loss out of an autocast around the pass, which would round their products."""
+    return torch.autocast(hidden.device.type, enabled=False)
 
 
 class Learner(nn.Module):

@@ -1,11 +1,13 @@
 """Learning rates, optimisers and dropout of a run."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from torch.nn.functional import dropout
 
 from rankonce.errors import TrainingError
@@ -61,10 +63,57 @@ def build_optimizers(
     return optimizers
 
 
+class WeightAverage:
+    """An exponential average of weights (Polyak averaging), sharded as they are.
+
+    ``torch.optim.swa_utils.AveragedModel`` copies the module, which a sharded one does not allow.
+
+    Args:
+        parameters: the trained ones; their average is kept in tensors of the same form.
+        kept: the part of the average that stays at every update; the first update takes the
+            weights as they are.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], *, kept: float) -> None:
+        self.averages = [parameter.detach().clone() for parameter in parameters]
+        self.kept = kept
+        self.num_updates = 0
+        self._weights = [_local_part(parameter) for parameter in parameters]
+        self._averages = [_local_part(average) for average in self.averages]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the weights of a step."""
+        if self.num_updates:
+            torch._foreach_lerp_(self._averages, self._weights, 1 - self.kept)
+        else:
+            torch._foreach_copy_(self._averages, self._weights)
+        self.num_updates += 1
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Put the average in the place of the weights for a while."""
+        weights = [weight.clone() for weight in self._weights]
+        torch._foreach_copy_(self._weights, self._averages)
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(self._weights, weights)
+
+
+def _local_part(tensor: Tensor) -> Tensor:
+    """Return what this process holds of a tensor that may be sharded, as a view."""
+    part: Any = tensor.detach()
+    local: Tensor = part.to_local() if hasattr(part, "to_local") else part
+    return local
+
+
 def layer_dropout(num_layers: int, *, last: float, first: float | None) -> list[float]:
     """Dropout of every layer: from ``first`` in the lowest to ``last`` in the highest, linearly."""
     low = last if first is None else first
-    return [low + (last - low) * i / max(1, num_layers - 1) for i in range(num_layers)]
+    steps = max(1, num_layers - 1)
+    # Weighted so that both ends are exact: a share below 0 by rounding is refused.
+    return [(low * (steps - i) + last * i) / steps for i in range(num_layers)]
 
 
 def add_dropout(network: Any, shares: Sequence[float]) -> None:

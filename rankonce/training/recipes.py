@@ -92,10 +92,12 @@ def _read_setting(name: str, text: str) -> Any:
     try:
         if text == "none" and "None" in kind:
             return None
+        if kind == "bool":
+            return {"true": True, "false": False}[text]
         if "int" in kind:
             return int(text)
         return float(text) if "float" in kind else text
-    except ValueError as error:
+    except (ValueError, KeyError) as error:
         raise TrainingError(f"set: {name} should be of {kind}, is {text!r}") from error
 
 

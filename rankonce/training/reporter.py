@@ -1,8 +1,45 @@
 """What a run shows and records: a progress bar, JSON lines, TensorBoard."""
 
 import json
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+from rankonce.errors import MissingDependencyError
+
+
+class Write(Protocol):
+    """Takes the metrics of a step."""
+
+    def __call__(self, *, step: int, progress: float, **metrics: float) -> None:
+        """Write them."""
+
+
+def open_report(
+    out: Path, *, name: str, last_step: int, is_silent: bool
+) -> AbstractContextManager[Write]:
+    """Open the report of a run.
+
+    Args:
+        name: of the stage, for people.
+        last_step: steps after it are reported anew.
+        is_silent: for processes beside the first, whose metrics are the same.
+
+    Raises:
+        MissingDependencyError: TensorBoard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise MissingDependencyError("tensorboard", extra="train") from error
+    if is_silent:
+        return nullcontext(_write_nothing)
+    writer = SummaryWriter(str(out / "tensorboard"), purge_step=last_step + 1)
+    return Reporter(out, writer, name=name)
+
+
+def _write_nothing(*, step: int, progress: float, **metrics: float) -> None:
+    return
 
 
 class Reporter:
@@ -40,9 +77,9 @@ class Reporter:
         self._file = (out / "metrics.jsonl").open("a")
         self._task = self._progress.add_task(name, total=1.0, numbers="")
 
-    def __enter__(self) -> "Reporter":
+    def __enter__(self) -> Write:
         self._progress.start()
-        return self
+        return self.write
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
@@ -62,6 +99,9 @@ class Reporter:
         numbers = ""
         if "loss" in metrics:
             numbers = f"loss {metrics['loss']:.4f}, {metrics['tokens_per_s']:,.0f} tokens/s"
+            numbers += f", {metrics['flop_per_s'] / 1e12:.3g} TFLOP/s"
+            if "flop_utilisation" in metrics:
+                numbers += f" ({metrics['flop_utilisation']:.0%})"
         self._progress.update(self._task, completed=progress, numbers=numbers)
         if "valid_loss" in metrics:
             self._console.print(f"{self._name}, step {step}: valid {metrics['valid_loss']:.4f}")

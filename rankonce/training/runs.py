@@ -1,7 +1,6 @@
 """Runs of stages: the start, one stage after the other, and the finished ranker.
 
-OUT/                     the finished model, its tokenizer, run.json and README.md, the model card;
-                         an adapter is written in PEFT's form, without its backbone
+OUT/                     the finished model, its tokenizer, run.json and README.md, the model card
 OUT/stages/1-pretrain/   a run of the loop: see ``checkpoint``; evaluation.json if it was measured
 OUT/stages/2-finetune/   …
 """
@@ -29,6 +28,7 @@ from rankonce.training.adapters import AdapterConfig, load_network
 from rankonce.training.checkpoint import finish_run, is_finished, save_model, write_run_record
 from rankonce.training.loop import train
 from rankonce.training.model_card import write_model_card
+from rankonce.training.parallel import Processes
 from rankonce.training.stages import Stage, StageSource
 from rankonce.training.tokenizer import train_tokenizer
 
@@ -86,11 +86,16 @@ def run_stages(
     }
     if adapter is not None and model is not None:
         record |= {"adapter": asdict(adapter), "base": fingerprint_base(model)}
-    write_run_record(out, record)
-    for part, table in (pair for source in sources for pair in source.split.items()):
-        (out / "split").mkdir(exist_ok=True)
-        table.write_parquet(out / "split" / f"{part}.parquet")
-    tokenizer, limit = _start(out, sources, list(known.values()), model, size, seed, adapter)
+    processes = Processes()
+    write_run_record(out, record, writes=processes.is_first)
+    if processes.is_first:
+        for part, table in (pair for source in sources for pair in source.split.items()):
+            (out / "split").mkdir(exist_ok=True)
+            table.write_parquet(out / "split" / f"{part}.parquet")
+        if model is None:
+            _write_start(out / "start", sources, list(known.values()), size, seed)
+    processes.wait()
+    tokenizer, limit = _load_start(out / "start", model, adapter)
     renderer = Renderer(TextEncoder(tokenizer), max_prompt_tokens=limit)
     before: str | Path = out / "start" if model is None else model
     for number, (stage, source) in enumerate(zip(stages, sources, strict=True), start=1):
@@ -107,17 +112,31 @@ def run_stages(
                 record={"data": source.fingerprint},
             )
         measured = folder / "evaluation.json"
-        if evaluate is not None and source.valid and not measured.exists():
+        if processes.is_first and evaluate is not None and source.valid and not measured.exists():
             measured.write_text(json.dumps(evaluate(folder, source.valid), indent=2) + "\n")
         before = folder
-    save_model(out, load_network(before, adapter, base=model), tokenizer)
-    finished = [json.loads((p / "run.json").read_text())["finished"] for p in _folders(out, stages)]
+    if processes.is_first:
+        network = load_network(before, adapter, base=model)
+        _finish(out, network, tokenizer, _folders(out, stages), tasks=sorted(used))
+    processes.wait()
+
+
+def _finish(
+    out: Path, network: Any, tokenizer: Any, folders: Sequence[Path], *, tasks: Sequence[str]
+) -> None:
+    """Write the model of the last stage, what all took, and the model card."""
+    save_model(out, network, tokenizer)
+    finished = [json.loads((p / "run.json").read_text())["finished"] for p in folders]
     finish_run(
         out,
         steps=sum(one["steps"] for one in finished),
         seconds=60 * sum(one["minutes"] for one in finished),
     )
-    write_model_card(out, _folders(out, stages), tasks=sorted(used))
+    write_model_card(out, folders, tasks=tasks)
+
+
+def _folders(out: Path, stages: Sequence[Stage]) -> list[Path]:
+    return [out / "stages" / f"{number}-{s.name}" for number, s in enumerate(stages, start=1)]
 
 
 def _load(
@@ -138,10 +157,6 @@ def _load(
     return [stage for stage, _ in found], [source for _, source in found], left_out
 
 
-def _folders(out: Path, stages: Sequence[Stage]) -> list[Path]:
-    return [out / "stages" / f"{number}-{s.name}" for number, s in enumerate(stages, start=1)]
-
-
 def _check_adapter(adapter: AdapterConfig, stages: Sequence[Stage], model: str | None) -> None:
     if model is None:
         raise TrainingError("model: should be given, since an adapter learns over a checkpoint")
@@ -153,26 +168,24 @@ def _check_adapter(adapter: AdapterConfig, stages: Sequence[Stage], model: str |
         )
 
 
-def _start(
-    out: Path,
-    sources: Sequence[StageSource],
-    tasks: Sequence[Task],
-    model: str | None,
-    size: str,
-    seed: int,
-    adapter: AdapterConfig | None,
-) -> tuple[Any, int]:
-    """Check the checkpoint, or write a tokenizer and random weights to ``OUT/start``, once.
+def _write_start(
+    folder: Path, sources: Sequence[StageSource], tasks: Sequence[Task], size: str, seed: int
+) -> None:
+    """Write a tokenizer and random weights, once.
 
     Args:
         tasks: whose labels become one token each, also where a later run learns them.
     """
+    if (folder / "config.json").exists():
+        return
+    bytewise = Renderer(TextEncoder(train_tokenizer([" "], tasks)), max_prompt_tokens=2**31)
+    texts = (text for source in sources for text in source.texts(bytewise))
+    save_model(folder, build_model(size, seed=seed), train_tokenizer(texts, tasks))
+
+
+def _load_start(folder: Path, model: str | None, adapter: AdapterConfig | None) -> tuple[Any, int]:
+    """Load the tokenizer and the longest prompt, and check a checkpoint that is given."""
     if model is not None:
         start = load_model(model, precision=adapter.precision if adapter else "fp32")
         return start.tokenizer, start.max_prompt_tokens
-    folder = out / "start"
-    if not (folder / "config.json").exists():
-        bytewise = Renderer(TextEncoder(train_tokenizer([" "], tasks)), max_prompt_tokens=2**31)
-        texts = (text for source in sources for text in source.texts(bytewise))
-        save_model(folder, build_model(size, seed=seed), train_tokenizer(texts, tasks))
     return AutoTokenizer.from_pretrained(folder), CONTEXT_TOKENS

@@ -53,3 +53,30 @@ def split_by_tokens(units: Sequence[U], *, max_tokens_per_pass: int) -> list[lis
         passes[-1].append(unit)
         tokens += unit.num_tokens
     return passes
+
+
+def share_passes(
+    units: Sequence[U], *, max_tokens_per_pass: int, rank: int, num_processes: int
+) -> list[tuple[list[U], float]]:
+    """Give one of several processes its passes of a step, as many as every other.
+
+    The passes are cut to about the same size. A process that there are too few units for repeats
+    the first pass at a weight of 0, since gradients are exchanged by all.
+
+    Returns:
+        Passes, each with the weight of its loss.
+    """
+    passes = split_by_tokens(units, max_tokens_per_pass=max_tokens_per_pass)
+    if num_processes == 1:
+        return [(part, 1.0) for part in passes]
+    num_passes = -(-len(passes) // num_processes) * num_processes
+    # The smallest budget under which the step takes no more passes than that.
+    low, high = 0, max_tokens_per_pass
+    while high - low > 1:
+        middle = (low + high) // 2
+        cut = split_by_tokens(units, max_tokens_per_pass=middle)
+        low, high = (low, middle) if len(cut) <= num_passes else (middle, high)
+    passes = split_by_tokens(units, max_tokens_per_pass=high)
+    weighted = [(part, 1.0) for part in passes]
+    weighted += [(passes[0], 0.0)] * (num_passes - len(passes))
+    return weighted[rank::num_processes]

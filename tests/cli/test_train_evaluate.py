@@ -142,6 +142,8 @@ def test_an_unknown_recipe_is_named(run: Command, data: Path, tmp_path: Path) ->
         ("finetune.epoch=2", "set: a stage has the settings epochs, max_steps"),
         ("tune.epochs=2", "set: should be STAGE.NAME=VALUE with a stage of finetune"),
         ("finetune.epochs=two", "set: epochs should be of int"),
+        ("finetune.fp8=yes", "set: fp8 should be of bool, is 'yes'"),
+        ("finetune.sharding=zero", "sharding: should be one of none, fsdp, is 'zero'"),
     ],
 )
 def test_an_unknown_setting_is_named(

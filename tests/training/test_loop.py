@@ -26,6 +26,7 @@ from rankonce.training.data import read_examples, tokenize_examples
 from rankonce.training.loop import TrainConfig, TrainingData, train
 from rankonce.training.objectives import LabelObjective, Learner
 from rankonce.training.optimization import rate_factor
+from rankonce.training.parallel import ParallelLearner, Processes
 from rankonce.training.recipes import RECIPES
 from rankonce.training.runs import run_stages
 from rankonce.training.stages import Stage, StageSource, Tasks, finetune_source
@@ -125,7 +126,7 @@ def test_a_stopped_run_resumes_with_the_same_bits(
 ) -> None:
     optimize, calls = loop._optimize, []
 
-    def stop_after_six(*arguments: Any) -> tuple[float, float]:
+    def stop_after_six(*arguments: Any) -> Any:
         if len(calls) == 6:
             raise KeyboardInterrupt
         calls.append(1)
@@ -173,8 +174,6 @@ def test_a_killed_process_resumes_with_the_same_bits(trained: Path) -> None:
 
 
 def test_gradients_do_not_depend_on_how_labels_fall_into_passes(tokenizer: Any) -> None:
-    from accelerate import Accelerator
-
     from rankonce.model.loading import use_segment_attention
 
     gradients = []
@@ -182,9 +181,11 @@ def test_gradients_do_not_depend_on_how_labels_fall_into_passes(tokenizer: Any) 
         network = build_network("qwen3")
         use_segment_attention(network)
         optimizer = torch.optim.SGD(network.parameters(), lr=0.0)
-        config = replace(CONFIG, max_tokens_per_pass=budget, max_gradient_norm=1e9)
-        learner = Learner(network, LabelObjective())
-        loop._optimize(Accelerator(), learner, optimizer, build_examples(tokenizer), config)
+        learner = ParallelLearner(
+            Learner(network, LabelObjective()), Processes(), max_tokens_per_pass=budget
+        )
+        config = replace(CONFIG, max_gradient_norm=1e9)
+        loop._optimize(learner, optimizer, build_examples(tokenizer), config)
         gradients.append([p.grad.clone() for p in network.parameters() if p.grad is not None])
     scale = max(float(g.abs().max()) for g in gradients[0])
     for whole, cut in zip(*gradients, strict=True):

@@ -116,5 +116,6 @@ def test_a_stable_rate_decays_in_the_last_fifth() -> None:
 
 def test_dropout_goes_from_the_lowest_layer_to_the_highest() -> None:
     assert layer_dropout(3, last=0.1, first=0.3) == pytest.approx([0.3, 0.2, 0.1])
+    assert layer_dropout(4, last=0.0, first=0.2)[-1] == 0.0
     assert layer_dropout(1, last=0.1, first=0.3) == [0.3]
     assert layer_dropout(3, last=0.1, first=None) == [0.1] * 3
