@@ -13,6 +13,7 @@ import typer
 
 from rankonce import __version__
 from rankonce.cli import bench
+from rankonce.cli.crossvalidate import crossvalidate
 from rankonce.cli.datasets import datasets
 from rankonce.cli.demo import demo
 from rankonce.cli.evaluate import evaluate
@@ -30,7 +31,17 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, score, explain_prompt, tasks, datasets, serve, train, evaluate):
+for command in (
+    demo,
+    score,
+    explain_prompt,
+    tasks,
+    datasets,
+    serve,
+    train,
+    evaluate,
+    crossvalidate,
+):
     app.command()(command)
 app.add_typer(bench.app)
 
