@@ -5,6 +5,7 @@ BM25 is that of bm25s (Lù, 2024), with its stop words and the Snowball stemmer;
 those of Deerwester et al., "Indexing by Latent Semantic Analysis", 1990.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from copy import copy
 from functools import cached_property
@@ -215,4 +216,6 @@ def _import_bm25s() -> tuple[Any, Any]:
         raise MissingDependencyError(
             {"Stemmer": "PyStemmer"}.get(error.name or "", "bm25s"), extra="eval"
         ) from error
+    # On import it asks for its own debug messages, whatever the program wants to log.
+    logging.getLogger("bm25s").setLevel(logging.NOTSET)
     return bm25s, Stemmer.Stemmer("english")

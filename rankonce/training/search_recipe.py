@@ -51,7 +51,7 @@ class SearchConfig:
     view: View = View.EVIDENCE
     alike_per_list: int = 6
     drawn_per_list: int = 10
-    unjudged_per_list: int = 40
+    unjudged_per_list: int = 12
     pretraining: TrainConfig = field(
         default_factory=lambda: TrainConfig(
             epochs=1, labels_per_step=192, learning_rate=2e-3, averaging=0.98, seed=1
@@ -59,11 +59,11 @@ class SearchConfig:
     )
     finetuning: TrainConfig = field(
         default_factory=lambda: TrainConfig(
-            epochs=3,
-            labels_per_step=192,
-            learning_rate=4e-4,
+            epochs=2,
+            labels_per_step=96,
+            learning_rate=5e-4,
             dropout=0.1,
-            averaging=0.98,
+            averaging=0.95,
             seed=1,
         )
     )
