@@ -82,7 +82,8 @@ def build_tokenizer(*, chat: bool = False) -> PreTrainedTokenizerFast:
     )
     texts += [text for name in labels for text in (f" {name}", name) for _ in range(20)]
     trainer = trainers.BpeTrainer(
-        vocab_size=640,
+        # One less than the networks have rows: the last is a token without a text.
+        vocab_size=639,
         special_tokens=["<s>", "</s>", "<|im_start|>", "<|im_end|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,

@@ -13,6 +13,7 @@ import typer
 
 from rankonce import __version__
 from rankonce.cli import bench
+from rankonce.cli.crossvalidate import crossvalidate
 from rankonce.cli.datasets import datasets
 from rankonce.cli.demo import demo
 from rankonce.cli.evaluate import evaluate
@@ -49,6 +50,7 @@ for command in (
     merge,
     evaluate,
     suite,
+    crossvalidate,
 ):
     app.command()(command)
 app.add_typer(bench.app)
