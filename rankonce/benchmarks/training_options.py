@@ -122,6 +122,9 @@ def describe_options(record: Mapping[str, Any]) -> str:
     by_arm: dict[str, dict[int, Mapping[str, float]]] = {}
     for run in record["runs"]:
         by_arm.setdefault(run["arm"], {})[run["seed"]] = run
+    # A run that was cut short has seeds that not every arm has.
+    seeds = set.intersection(*(set(runs) for runs in by_arm.values()))
+    by_arm = {name: {seed: runs[seed] for seed in sorted(seeds)} for name, runs in by_arm.items()}
     for name, runs in by_arm.items():
         cells = [name]
         for metric in ("log_loss", "auc"):
