@@ -88,6 +88,7 @@ def finetune(
     """
     from functools import partial
 
+    from rankonce.evaluation.held_out import measure_held_out
     from rankonce.prompts.tasks import load_task
     from rankonce.training.loop import TrainConfig
     from rankonce.training.runs import run_stages
@@ -121,6 +122,7 @@ def finetune(
         sharding=sharding,  # type: ignore[arg-type]
         peak_tflops=peak_tflops,
     )
+    own_tasks = [load_task(path) for path in task_file or ()]
     run_stages(
         [Stage(name="finetune", load=load, config=config)],
         data[0],
@@ -129,8 +131,9 @@ def finetune(
         size=size or "3m",
         seed=seed,
         model=model,
-        tasks=[load_task(path) for path in task_file or ()],
+        tasks=own_tasks,
         adapter=adapter,
+        evaluate=partial(measure_held_out, tasks=own_tasks),
     )
     if is_first_process():
         typer.echo(f"model: {out}", err=True)

@@ -61,7 +61,9 @@ def train(
     rankonce train ml1m --data ml1m/ --out runs/ml1m
     """
     from dataclasses import replace
+    from functools import partial
 
+    from rankonce.evaluation.held_out import measure_held_out
     from rankonce.prompts.tasks import load_task
     from rankonce.training.recipes import RECIPES, run_recipe
 
@@ -84,6 +86,14 @@ def train(
     chosen = chosen.with_settings(settings or ())
     chosen = replace(chosen, size=size or chosen.size)
     tasks = [load_task(path) for path in task_file or ()]
-    run_recipe(chosen, data, out, model=model, tasks=tasks, adapter=adapter)
+    run_recipe(
+        chosen,
+        data,
+        out,
+        model=model,
+        tasks=tasks,
+        adapter=adapter,
+        evaluate=partial(measure_held_out, tasks=tasks),
+    )
     if is_first_process():
         typer.echo(f"model: {out}", err=True)

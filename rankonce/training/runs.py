@@ -60,7 +60,7 @@ def run_stages(
         size: what is built where no checkpoint is given.
         model: a checkpoint to start from; without one a tokenizer is trained on the texts of all
             stages and a model of the size is built.
-        evaluate: measures the model on a stage's valid requests after each stage.
+        evaluate: measures the model after each stage, on its valid requests or the last stage's.
         adapter: train this over the checkpoint, which stays as it is; it goes from stage to stage.
 
     Raises:
@@ -112,8 +112,10 @@ def run_stages(
                 record={"data": source.fingerprint},
             )
         measured = folder / "evaluation.json"
-        if processes.is_first and evaluate is not None and source.valid and not measured.exists():
-            measured.write_text(json.dumps(evaluate(folder, source.valid), indent=2) + "\n")
+        # What the last stage is for says of every stage before it how far it has come.
+        valid = source.valid or sources[-1].valid
+        if processes.is_first and evaluate is not None and valid and not measured.exists():
+            measured.write_text(json.dumps(evaluate(folder, valid), indent=2) + "\n")
         before = folder
     if processes.is_first:
         network = load_network(before, adapter, base=model)

@@ -1,0 +1,67 @@
+"""A ranker's first numbers on labelled requests, task by task, as between the stages of a run."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from rankonce.errors import DataError
+from rankonce.evaluation.metrics import auc, ndcg_at_k
+from rankonce.prompts.tasks import Task
+from rankonce.ranker import Ranker
+from rankonce.records import ScoreResult, TrainingExample
+
+
+def measure_held_out(
+    model: Path, examples: Sequence[TrainingExample], *, tasks: Sequence[Task] = ()
+) -> dict[str, dict[str, float]]:
+    """Score labelled requests with a model's folder.
+
+    Args:
+        examples: with hard labels; rows without a label or with a soft one are left out.
+        tasks: beside those of the library.
+
+    Returns:
+        By task: ``labels``, ``log_loss`` over the labels, ``distinct_score_ratio``; ``auc`` where
+        the task ranks by one label, ``ndcg@10`` where it ranks by grades.
+
+    Raises:
+        DataError: no row has a hard label.
+    """
+    ranker = Ranker.from_pretrained(model, tasks=tasks)
+    results = ranker.score_many([example.request for example in examples])
+    by_task: dict[str, list[tuple[TrainingExample, ScoreResult]]] = {}
+    for example, result in zip(examples, results, strict=True):
+        by_task.setdefault(example.request.task, []).append((example, result))
+    measured = {name: _measure(ranker.tasks[name], pairs) for name, pairs in by_task.items()}
+    if not any(numbers["labels"] for numbers in measured.values()):
+        raise DataError("labels: should be hard in one row at least")
+    return measured
+
+
+def _measure(task: Task, pairs: Sequence[tuple[TrainingExample, ScoreResult]]) -> dict[str, float]:
+    worth = {
+        label.name: label.grade or 0.0
+        if task.ranking.kind == "expected_grade"
+        else float(label.name == task.ranking.label)
+        for label in task.labels
+    }
+    gains, values, losses, requests = [], [], [], []
+    for number, (example, result) in enumerate(pairs):
+        for label, candidate in zip(example.labels, result.candidates, strict=True):
+            if isinstance(label, str):
+                gains.append(worth[label])
+                values.append(candidate.value)
+                losses.append(-candidate.log_probs[label])
+                requests.append(number)
+    numbers = {"labels": float(len(gains))}
+    if gains:
+        numbers["log_loss"] = float(np.mean(losses))
+        numbers["distinct_score_ratio"] = float(
+            np.mean([result.distinct_score_ratio for _, result in pairs])
+        )
+        if task.ranking.kind == "expected_grade":
+            numbers["ndcg@10"] = ndcg_at_k(gains, values, requests, k=10)
+        elif len(set(gains)) == 2:
+            numbers["auc"] = auc(gains, values)
+    return numbers
