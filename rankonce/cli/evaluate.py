@@ -38,6 +38,12 @@ def evaluate(
         typer.Option(exists=True, dir_okay=False, help="Parquet rows to score; columns as train."),
     ],
     model: ModelOption = None,
+    also: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FOLDER|ID", help="Another run of the recipe; their mean is added. Repeatable."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON with full precision.")] = False,
     plot: Annotated[
         Path | None,
@@ -62,6 +68,7 @@ def evaluate(
 
     from rankonce.datasets.movielens import read_rows
     from rankonce.environment import describe_environment
+    from rankonce.errors import DataError
     from rankonce.evaluation.plots import check_plot, plot_evaluation
     from rankonce.evaluation.protocols import evaluate_movies
     from rankonce.evaluation.report import render_table, to_json, to_markdown
@@ -69,23 +76,27 @@ def evaluate(
     if plot is not None:
         check_plot(plot)
     adapters = read_adapters(adapter)
-    ranker = load_ranker(
-        model,
-        device=device,
-        precision=precision,
-        keep=keep,
-        max_tokens_per_pass=max_tokens_per_pass,
-        trust_remote_code=trust_remote_code,
-        adapters=adapters,
-        # One adapter is meant for all rows; among several the task chooses.
-        adapter=next(iter(adapters)) if adapters and len(adapters) == 1 else None,
-    )
+    rankers = {
+        _name(one): load_ranker(
+            one,
+            device=device,
+            precision=precision,
+            keep=keep,
+            max_tokens_per_pass=max_tokens_per_pass,
+            trust_remote_code=trust_remote_code,
+            adapters=adapters,
+            # One adapter is meant for all rows; among several the task chooses.
+            adapter=next(iter(adapters)) if adapters and len(adapters) == 1 else None,
+        )
+        for one in (model, *(also or ()))
+    }
+    if len(rankers) < 1 + len(also or ()):
+        raise DataError(f"also: should hold folders of other names than {', '.join(rankers)}")
     evaluation = evaluate_movies(
-        ranker,
+        rankers,
         train=read_rows(train),
         items=read_rows(items),
         data=read_rows(data),
-        name="embedded ranker" if model is None else Path(model).name,
         num_resamples=num_resamples,
     )
     if plot is not None:
@@ -111,3 +122,7 @@ def evaluate(
         f"{evaluation.tokens['computed_tokens']:,} tokens computed; one prompt per row would have "
         f"been {evaluation.tokens['separate_tokens']:,}, {saved:.1f} times as many"
     )
+
+
+def _name(model: str | None) -> str:
+    return "embedded ranker" if model is None else Path(model).name

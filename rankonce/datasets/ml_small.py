@@ -16,13 +16,13 @@ import numpy as np
 import polars as pl
 
 from rankonce.datasets.movielens import read_rows
+from rankonce.datasets.statistics import read_labels, read_whole_numbers
 from rankonce.errors import DataError
 
 # The prompt holds fewer events than this.
 _MAX_HISTORY = 60
 _LIKE, _DISLIKE = 4.0, 3.0
-# In estimates of films' shares: what a like is, and what deviations are shrunk by.
-_LIKED_ABOVE = 3.0
+# What films' and members' deviations are shrunk by.
 _FILM_STRENGTH, _MEMBER_STRENGTH, _ROUNDS = 3.0, 10.0, 6
 _COLUMNS = ("user_id", "item_id", "label", "timestamp", "history_ids")
 
@@ -57,7 +57,7 @@ def leave_out_members(ratings: pl.DataFrame, *, since: int, until: int) -> pl.Da
     return ratings.filter(~pl.col("user_id").is_in(seen.implode()))
 
 
-def film_like_shares(ratings: pl.DataFrame, *, min_raters: int = 2) -> pl.DataFrame:
+def film_like_shares(rows: pl.DataFrame, *, min_raters: int = 2) -> pl.DataFrame:
     """Estimate every film's share of likes, free of who rated it.
 
     Shares are the mean plus the film's deviation beside those of its raters, found in turns
@@ -65,14 +65,14 @@ def film_like_shares(ratings: pl.DataFrame, *, min_raters: int = 2) -> pl.DataFr
     towards 0.
 
     Args:
-        ratings: user_id, item_id, rating (0.5-5); above 3 is a like.
+        rows: user_id, item_id, label (1 = liked).
 
     Returns:
         item_id, like_share in (0, 1), num_raters; films with ``min_raters`` or more.
     """
-    likes = (ratings["rating"].to_numpy() > _LIKED_ABOVE).astype(np.float64)
-    members, member = np.unique(ratings["user_id"].to_numpy(), return_inverse=True)
-    films, film = np.unique(ratings["item_id"].to_numpy(), return_inverse=True)
+    likes = read_labels(rows).astype(np.float64)
+    members, member = np.unique(read_whole_numbers(rows, "user_id"), return_inverse=True)
+    films, film = np.unique(read_whole_numbers(rows, "item_id"), return_inverse=True)
     mean = likes.mean()
     of_member, of_film = np.zeros(len(members)), np.zeros(len(films))
     num_raters = np.bincount(film)

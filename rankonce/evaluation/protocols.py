@@ -35,11 +35,12 @@ class Evaluation:
     """Rankers side by side on the same rows.
 
     Attributes:
-        rows: one a ranker: metrics with standard errors over members.
+        rows: one a ranker: metrics with standard errors over members. After several runs of one
+            recipe their mean, whose ± is the standard deviation between runs.
         cold: one a ranker: AUC by the number of films in the row's history.
-        differences: for each baseline, the first ranker's AUC minus its own with the standard
+        differences: for each run and baseline, the run's AUC minus the baseline's with the standard
             error of the paired difference.
-        tokens: what the first ranker read, and what one prompt per row would have cost.
+        tokens: what the first run read, and what one prompt per row would have cost.
         labels: of the rows.
         scores: P(liked) of the rows, by ranker.
     """
@@ -53,20 +54,20 @@ class Evaluation:
 
 
 def evaluate_movies(
-    ranker: Ranker,
+    rankers: Mapping[str, Ranker],
     *,
     train: pl.DataFrame,
     items: pl.DataFrame,
     data: pl.DataFrame,
-    name: str,
     num_resamples: int = 200,
 ) -> Evaluation:
-    """Evaluate a ranker and the baselines on rows of likes and dislikes.
+    """Evaluate a ranker, or several runs of one recipe, and the baselines on likes and dislikes.
 
     Statistics of members and films come from the train rows alone, for every ranker alike; every
     row has its own history.
 
     Args:
+        rankers: by name, one at least.
         train, data: user_id, item_id, label, timestamp, history_ids.
         items: item_id, title, genres.
 
@@ -79,21 +80,34 @@ def evaluate_movies(
     movies = movie_rows(data, items, train=train)
     # The baselines first: they take seconds, and one may lack its library.
     baselines = {key: score(train, items, data) for key, score in BASELINES.items()}
-    scores, tokens = score_rows(ranker, movies)
-    by_name = {name: scores, **baselines}
+    scored = {name: score_rows(ranker, movies) for name, ranker in rankers.items()}
+    runs = {name: scores for name, (scores, _) in scored.items()}
+    by_name = {**runs, **baselines}
     members = read_whole_numbers(data, "user_id")
     lengths = data["history_ids"].list.len().fill_null(0).to_numpy()
+    rows = [_measure(key, labels, p, members, num_resamples) for key, p in by_name.items()]
+    if len(runs) > 1:
+        rows.insert(len(runs), _mean_of_runs(rows[: len(runs)]))
     return Evaluation(
-        rows=[_measure(key, labels, p, members, num_resamples) for key, p in by_name.items()],
+        rows=rows,
         cold=[_measure_cold(key, labels, p, lengths) for key, p in by_name.items()],
         differences=[
-            _compare(key, labels, scores, p, members, num_resamples)
-            for key, p in by_name.items()
-            if key != name
+            _compare(f"{name}: AUC against {key}", labels, scores, p, members, num_resamples)
+            for name, scores in runs.items()
+            for key, p in baselines.items()
         ],
-        tokens=tokens,
+        tokens=next(iter(scored.values()))[1],
         labels=labels.astype(np.float64),
         scores=by_name,
+    )
+
+
+def _mean_of_runs(rows: Sequence[EvaluationRow]) -> EvaluationRow:
+    values = {name: [row.metrics[name] for row in rows] for name in rows[0].metrics}
+    return EvaluationRow(
+        name=f"mean of {len(rows)} runs",
+        metrics={name: float(np.mean(numbers)) for name, numbers in values.items()},
+        standard_errors={name: float(np.std(numbers, ddof=1)) for name, numbers in values.items()},
     )
 
 
@@ -149,7 +163,7 @@ def _compare(
         "auc", labels, scores, others, members, num_resamples=num_resamples
     )
     return EvaluationRow(
-        name=f"AUC against {name}",
+        name=name,
         metrics={"difference": estimate.value, "low": estimate.low, "high": estimate.high},
         standard_errors={"difference": estimate.standard_error},
     )

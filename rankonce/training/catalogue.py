@@ -14,10 +14,13 @@ import polars as pl
 
 from rankonce.datasets.ml_small import film_like_shares, leave_out_members
 from rankonce.datasets.movielens import TASK, FilmPrior, read_films, read_rows
+from rankonce.errors import DataError
 from rankonce.records import Item, ScoreRequest, TrainingExample, Value
 
 # A like share of another catalogue counts as so many raters, if that many gave it or more.
 _PRIOR_STRENGTH = 20.0
+# Stars above which a rating counts as a like, as in CoLLM's split of MovieLens-1M.
+_LIKED_ABOVE = 3.0
 # The same genre has another name there.
 _GENRES = {"Children": "Children's"}
 
@@ -48,7 +51,7 @@ class Catalogue:
 
 
 def read_catalogue(folder: Path, *, since: int, until: int) -> Catalogue:
-    """Read a folder of ratings and items.
+    """Read a folder of ratings and items; above 3 stars a rating is a like.
 
     Args:
         since, until: members who rated anything in this time are left out whole, since they may be
@@ -58,15 +61,27 @@ def read_catalogue(folder: Path, *, since: int, until: int) -> Catalogue:
         DataError: a file or a column is missing.
     """
     ratings = read_rows(folder / "ratings.parquet")
-    items = read_rows(folder / "items.parquet")
-    shares = film_like_shares(leave_out_members(ratings, since=since, until=until))
+    if missing := {"user_id", "item_id", "rating", "timestamp"} - set(ratings.columns):
+        raise DataError(f"ratings: should have the columns {', '.join(sorted(missing))}")
+    others = leave_out_members(ratings, since=since, until=until)
+    rows = others.with_columns(label=(pl.col("rating") > _LIKED_ABOVE).cast(pl.Int8))
     films = {}
-    for film, fields in read_films(items).items():
+    for film, fields in read_films(read_rows(folder / "items.parquet")).items():
         genres = fields.get("genres")
         films[film] = {**fields, "title": str(fields["title"]).strip()}
         if isinstance(genres, list):
             films[film]["genres"] = [_GENRES.get(name, name) for name in genres]
-    known = shares.filter(pl.col("item_id").is_in(list(films)))
+    return make_catalogue(rows, films)
+
+
+def make_catalogue(rows: pl.DataFrame, films: Mapping[int, Mapping[str, Value]]) -> Catalogue:
+    """Estimate how the films of rows are liked.
+
+    Args:
+        rows: user_id, item_id, label (1 = liked).
+        films: title and genres by id.
+    """
+    known = film_like_shares(rows).filter(pl.col("item_id").is_in(list(films)))
     ids = known["item_id"].to_list()
     return Catalogue(
         films=films,

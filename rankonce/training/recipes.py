@@ -17,6 +17,8 @@ from rankonce.prompts.tasks import Task
 from rankonce.records import TrainingExample
 from rankonce.training.adapters import AdapterConfig
 from rankonce.training.catalogue import (
+    Catalogue,
+    make_catalogue,
     quality_examples,
     read_catalogue,
     repeated_quality_examples,
@@ -153,15 +155,26 @@ def ml_small() -> Recipe:
         description="which films does the member pick and like; MovieLens latest-small",
         stages=(
             Stage(
+                name="catalogue",
+                load=_load_own_catalogue,
+                config=TrainConfig(
+                    epochs=1, targets_per_step=128, learning_rate=2e-3, averaging=0.98
+                ),
+            ),
+            Stage(
                 name="finetune",
                 load=_load_ml_small,
                 config=TrainConfig(
-                    epochs=2, targets_per_step=128, learning_rate=1.5e-3, dropout=0.1, seed=1
+                    epochs=2,
+                    targets_per_step=128,
+                    learning_rate=1.5e-3,
+                    dropout=0.1,
+                    averaging=0.99,
                 ),
             ),
         ),
         size="1m",
-    )
+    ).with_seed(1)
 
 
 RECIPES: Mapping[str, Callable[[], Recipe]] = {
@@ -209,7 +222,18 @@ def _load_catalogue(folder: Path, config: TrainConfig, tasks: Tasks) -> StageSou
     if other is None:
         return None
     catalogue = read_catalogue(other, since=_ML1M_SINCE, until=_ML1M_UNTIL)
+    return _catalogue_source(catalogue, other, config, tasks)
 
+
+def _load_own_catalogue(folder: Path, config: TrainConfig, tasks: Tasks) -> StageSource:
+    ratings, items = read_ml_small(folder)
+    train_rows, _ = split_each_member(ratings, held_out_share=HELD_OUT_SHARE)
+    return _catalogue_source(make_catalogue(train_rows, read_films(items)), folder, config, tasks)
+
+
+def _catalogue_source(
+    catalogue: Catalogue, folder: Path, config: TrainConfig, tasks: Tasks
+) -> StageSource:
     def epoch(number: int) -> Iterable[TrainingExample]:
         return repeated_quality_examples(
             catalogue,
@@ -218,15 +242,11 @@ def _load_catalogue(folder: Path, config: TrainConfig, tasks: Tasks) -> StageSou
             times=_CATALOGUE_TIMES,
         )
 
+    digests = fingerprint_files(folder / name for name in ("ratings.parquet", "items.parquet"))
     return label_source(
         epoch,
         tasks=tasks,
-        fingerprint={
-            f"{other.name}/{key}": value
-            for key, value in fingerprint_files(
-                other / name for name in ("ratings.parquet", "items.parquet")
-            ).items()
-        },
+        fingerprint={f"{folder.name}/{name}": digest for name, digest in digests.items()},
     )
 
 
@@ -276,7 +296,7 @@ def _load_ml_small(folder: Path, config: TrainConfig, tasks: Tasks) -> StageSour
         seed = 1000 * config.seed + number
         rows = add_passed_over(train_rows, train_rows, per_like=_PASSED_OVER_PER_LIKE, seed=seed)
         movies = movie_rows(rows, items, train=train_rows)
-        return movie_examples(movies, candidates_per_example=48, seed=seed)
+        return movie_examples(movies, candidates_per_example=48, seed=seed, newcomers=_NEWCOMERS)
 
     held_out = add_passed_over(valid_rows, ratings, per_like=_PASSED_OVER_PER_LIKE, seed=0)
     return label_source(

@@ -96,7 +96,7 @@ def test_a_recipe_trains_a_checkpoint_that_is_measured_beside_baselines(
     assert rows["run"]["metrics"]["auc"] == pytest.approx(auc(labels, scores), abs=1e-3)
     assert 0 < rows["run"]["standard_errors"]["auc"] < 0.1
     assert result["tokens"]["separate_tokens"] > result["tokens"]["computed_tokens"] > 0
-    assert next(row["name"] for row in result["differences"]) == "AUC against item mean"
+    assert next(row["name"] for row in result["differences"]) == "run: AUC against item mean"
 
     plot = tmp_path / "plot.png"
     table = evaluate(run, data, "--model", out, "--markdown", "--plot", plot).out
