@@ -5,7 +5,7 @@ Only what renders needs the ranker: tokenised requests run where its libraries a
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from rankonce.model.loading import LoadedModel
 
 # Members whose held-out rows are fewer have next to nothing to rank.
 _MIN_CANDIDATES, _MAX_CANDIDATES = 10, 50
+_TOKEN_FIELDS = ("prefix_ids", "segment_ids", "label_ids")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +170,7 @@ def _each_line(path: Path, read: Callable[[Any], LabelledRequest]) -> Iterator[L
 
 
 def _read_tokens_line(data: Any) -> LabelledRequest:
-    names = {"prefix_ids", "segment_ids", "label_ids"}
+    names = set(_TOKEN_FIELDS)
     if not isinstance(data, dict) or not names <= set(data) <= names | {"labels"}:
         raise DataError(f"should be an object of {', '.join(sorted(names))} and perhaps labels")
     tokens = TokenizedRequest(
@@ -209,4 +210,5 @@ def _token_ids(name: str, value: Any) -> tuple[int, ...]:
 
 
 def _tokens_line(one: LabelledRequest) -> str:
-    return json.dumps({**asdict(one.tokens), "labels": one.labels})
+    tokens = {name: getattr(one.tokens, name) for name in _TOKEN_FIELDS}
+    return json.dumps({**tokens, "labels": one.labels})

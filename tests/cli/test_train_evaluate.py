@@ -98,6 +98,18 @@ def test_a_recipe_trains_a_checkpoint_that_is_measured_beside_baselines(
     assert result["tokens"]["separate_tokens"] > result["tokens"]["computed_tokens"] > 0
     assert next(row["name"] for row in result["differences"]) == "run: AUC against item mean"
 
+    twin = tmp_path / "twin"
+    twin.symlink_to(out)
+    both = json.loads(evaluate(run, data, "--model", out, "--also", twin, "--json").out)
+    named = {row["name"]: row for row in both["metrics"]}
+    assert named["mean of 2 runs"]["metrics"] == named["twin"]["metrics"]
+    assert set(named["mean of 2 runs"]["standard_errors"].values()) == {0.0}
+    again = evaluate(run, data, "--model", out, "--also", out)
+    assert (again.exit_code, again.err) == (
+        1,
+        "error: also: should hold folders of other names than run\n",
+    )
+
     plot = tmp_path / "plot.png"
     table = evaluate(run, data, "--model", out, "--markdown", "--plot", plot).out
     assert plot.read_bytes().startswith(b"\x89PNG")
@@ -132,7 +144,7 @@ def test_an_unknown_recipe_is_named(run: Command, data: Path, tmp_path: Path) ->
     done = run("train", "ml2m", "--data", data, "--out", tmp_path / "x")
     assert (done.exit_code, done.err) == (
         1,
-        "error: recipe: should be one of ml1m, ml-small, is 'ml2m'\n",
+        "error: recipe: should be one of ml1m, ml1m-alone, ml-small, is 'ml2m'\n",
     )
 
 
@@ -140,7 +152,7 @@ def test_an_unknown_recipe_is_named(run: Command, data: Path, tmp_path: Path) ->
     ("setting", "message"),
     [
         ("finetune.epoch=2", "set: a stage has the settings epochs, max_steps"),
-        ("tune.epochs=2", "set: should be STAGE.NAME=VALUE with a stage of finetune"),
+        ("tune.epochs=2", "set: should be STAGE.NAME=VALUE with a stage of catalogue"),
         ("finetune.epochs=two", "set: epochs should be of int"),
         ("finetune.fp8=yes", "set: fp8 should be of bool, is 'yes'"),
         ("finetune.sharding=zero", "sharding: should be one of none, fsdp, is 'zero'"),

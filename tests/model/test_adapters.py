@@ -30,21 +30,24 @@ def build_base(folder: Path, architecture: str = "llama", **options: Any) -> Pat
     return folder
 
 
-def build_adapter(base: Path, folder: Path, *, seed: int, tasks: tuple[str, ...] = ()) -> Path:
+def build_adapter(
+    base: Path, folder: Path, *, seed: int, tasks: tuple[str, ...] = (), scale: float = 0.1
+) -> Path:
     config = AdapterConfig(rank=4, targets=("q_proj", "v_proj") if seed == 2 else None)
     network = load_network(base, config, base=str(base))
-    disturb(network, seed=seed)
+    disturb(network, seed=seed, scale=scale)
     network.save_pretrained(folder)
     record = {"base": fingerprint_base(str(base)), "tasks": dict.fromkeys(tasks, "")}
     (folder / "run.json").write_text(json.dumps(record))
     return folder
 
 
-def build_both(base: Path) -> dict[str, Path]:
+def build_both(base: Path, *, scale: float = 0.1) -> dict[str, Path]:
     """Make two adapters, of which one leaves a part of the layers alone."""
+    tasks = {"films": "movie-like", "jobs": "job-apply"}
     return {
-        "films": build_adapter(base, base.parent / "films", seed=1, tasks=("movie-like",)),
-        "jobs": build_adapter(base, base.parent / "jobs", seed=2, tasks=("job-apply",)),
+        name: build_adapter(base, base.parent / name, seed=seed, tasks=(task,), scale=scale)
+        for seed, (name, task) in enumerate(tasks.items(), start=1)
     }
 
 
@@ -231,7 +234,8 @@ def test_the_folder_of_an_adapter_loads_its_backbone(
 @pytest.mark.parametrize("precision", ["bf16", "int8", "nf4"])
 def test_adapters_work_over_a_backbone_of_another_precision(tmp_path: Path, precision: str) -> None:
     base = build_base(tmp_path / "base", hidden_size=64, intermediate_size=128)
-    folders = build_both(base)
+    # Adapters that change more than rounding to four bits does.
+    folders = build_both(base, scale=0.3)
     request = build_request(4)
     exact = Ranker.from_pretrained(base, device="cpu", adapters=folders)
     coarse = Ranker.from_pretrained(base, device="cpu", adapters=folders, precision=precision)
