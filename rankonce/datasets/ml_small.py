@@ -57,7 +57,9 @@ def leave_out_members(ratings: pl.DataFrame, *, since: int, until: int) -> pl.Da
     return ratings.filter(~pl.col("user_id").is_in(seen.implode()))
 
 
-def film_like_shares(rows: pl.DataFrame, *, min_raters: int = 2) -> pl.DataFrame:
+def film_like_shares(
+    rows: pl.DataFrame, *, mean: float | None = None, min_raters: int = 2
+) -> pl.DataFrame:
     """Estimate every film's share of likes, free of who rated it.
 
     Shares are the mean plus the film's deviation beside those of its raters, found in turns
@@ -66,6 +68,8 @@ def film_like_shares(rows: pl.DataFrame, *, min_raters: int = 2) -> pl.DataFrame
 
     Args:
         rows: user_id, item_id, label (1 = liked).
+        mean: what films deviate from, where the shares are for another platform; that of the rows
+            by default.
 
     Returns:
         item_id, like_share in (0, 1), num_raters; films with ``min_raters`` or more.
@@ -73,19 +77,19 @@ def film_like_shares(rows: pl.DataFrame, *, min_raters: int = 2) -> pl.DataFrame
     likes = read_labels(rows).astype(np.float64)
     members, member = np.unique(read_whole_numbers(rows, "user_id"), return_inverse=True)
     films, film = np.unique(read_whole_numbers(rows, "item_id"), return_inverse=True)
-    mean = likes.mean()
+    own_mean = likes.mean()
     of_member, of_film = np.zeros(len(members)), np.zeros(len(films))
     num_raters = np.bincount(film)
     num_rated = np.bincount(member)
     for _ in range(_ROUNDS):
-        rest = np.bincount(film, likes - mean - of_member[member])
+        rest = np.bincount(film, likes - own_mean - of_member[member])
         of_film = rest / (num_raters + _FILM_STRENGTH)
-        rest = np.bincount(member, likes - mean - of_film[film])
+        rest = np.bincount(member, likes - own_mean - of_film[film])
         of_member = rest / (num_rated + _MEMBER_STRENGTH)
     shares = pl.DataFrame(
         {
             "item_id": films,
-            "like_share": np.clip(mean + of_film, 0.03, 0.97),
+            "like_share": np.clip((own_mean if mean is None else mean) + of_film, 0.03, 0.97),
             "num_raters": num_raters,
         }
     )

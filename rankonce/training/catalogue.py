@@ -50,12 +50,13 @@ class Catalogue:
         return found
 
 
-def read_catalogue(folder: Path, *, since: int, until: int) -> Catalogue:
+def read_catalogue(folder: Path, *, since: int, until: int, mean: float) -> Catalogue:
     """Read a folder of ratings and items; above 3 stars a rating is a like.
 
     Args:
         since, until: members who rated anything in this time are left out whole, since they may be
             members of the platform that the ranker is for.
+        mean: share of likes on that platform, from which films deviate.
 
     Raises:
         DataError: a file or a column is missing.
@@ -71,17 +72,20 @@ def read_catalogue(folder: Path, *, since: int, until: int) -> Catalogue:
         films[film] = {**fields, "title": str(fields["title"]).strip()}
         if isinstance(genres, list):
             films[film]["genres"] = [_GENRES.get(name, name) for name in genres]
-    return make_catalogue(rows, films)
+    return make_catalogue(rows, films, mean=mean)
 
 
-def make_catalogue(rows: pl.DataFrame, films: Mapping[int, Mapping[str, Value]]) -> Catalogue:
+def make_catalogue(
+    rows: pl.DataFrame, films: Mapping[int, Mapping[str, Value]], *, mean: float | None = None
+) -> Catalogue:
     """Estimate how the films of rows are liked.
 
     Args:
         rows: user_id, item_id, label (1 = liked).
         films: title and genres by id.
+        mean: see ``film_like_shares``.
     """
-    known = film_like_shares(rows).filter(pl.col("item_id").is_in(list(films)))
+    known = film_like_shares(rows, mean=mean).filter(pl.col("item_id").is_in(list(films)))
     ids = known["item_id"].to_list()
     return Catalogue(
         films=films,

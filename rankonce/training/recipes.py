@@ -12,7 +12,7 @@ import polars as pl
 
 from rankonce.datasets.ml_small import add_passed_over, read_ml_small, split_each_member
 from rankonce.datasets.movielens import movie_examples, movie_rows, read_films, read_rows
-from rankonce.datasets.statistics import read_whole_numbers
+from rankonce.datasets.statistics import read_labels, read_whole_numbers
 from rankonce.errors import TrainingError
 from rankonce.prompts.tasks import Task
 from rankonce.records import TrainingExample
@@ -32,15 +32,15 @@ _FIRST_SHARE = 0.2
 # The part of the rows that a block holds, told what was counted before it.
 _BLOCK_SHARE = 0.08
 # How often an epoch of fine-tuning asks of every film of the catalogue.
-_REMINDERS = 2
+_REMINDERS = 4
 # Examples in which nothing is said of the member but the history: a third of the members that are
 # served later have no rating among the train rows.
 _NEWCOMERS = 0.2
 # Part of a label that is what the averages lead one to expect.
-_SMOOTHING = 0.3
+_SMOOTHING = 0.7
 _CANDIDATES = 24
 # How often an epoch of the catalogue asks of every film.
-_CATALOGUE_TIMES = 8
+_CATALOGUE_TIMES = 10
 # When MovieLens-1M was rated; its members may be in other sets of MovieLens too.
 _ML1M_SINCE, _ML1M_UNTIL = 954_547_200, 1_049_155_200
 # Of every member's rows, the newest.
@@ -131,7 +131,7 @@ def ml1m() -> Recipe:
                     epochs=2,
                     targets_per_step=64,
                     learning_rate=7e-4,
-                    dropout=0.1,
+                    dropout=0.2,
                     averaging=0.99,
                 ),
             ),
@@ -221,11 +221,20 @@ def _find_catalogue(folder: Path) -> Path | None:
     return None
 
 
+def _read_other_catalogue(folder: Path, train_rows: pl.DataFrame) -> Catalogue:
+    return read_catalogue(
+        folder,
+        since=_ML1M_SINCE,
+        until=_ML1M_UNTIL,
+        mean=float(np.mean(read_labels(train_rows))),
+    )
+
+
 def _load_catalogue(folder: Path, config: TrainConfig, tasks: Tasks) -> StageSource | None:
     other = _find_catalogue(folder)
     if other is None:
         return None
-    catalogue = read_catalogue(other, since=_ML1M_SINCE, until=_ML1M_UNTIL)
+    catalogue = _read_other_catalogue(other, read_rows(folder / "train.parquet"))
     return _catalogue_source(catalogue, other, config, tasks)
 
 
@@ -262,7 +271,7 @@ def _load_ml1m(
     other = _find_catalogue(folder) if with_catalogue else None
     catalogue = None
     if other is not None:
-        catalogue = read_catalogue(other, since=_ML1M_SINCE, until=_ML1M_UNTIL)
+        catalogue = _read_other_catalogue(other, train_rows)
     priors = catalogue.priors(read_films(items)) if catalogue is not None else {}
 
     def epoch(number: int) -> Iterable[TrainingExample]:

@@ -42,6 +42,9 @@ def test_shares_are_free_of_who_rated_the_film() -> None:
     assert found > 0.9
     assert 1 - found < 0.6 * (1 - np.corrcoef(plain, quality)[0, 1])
     assert shares["num_raters"].sum() == rows.height
+    elsewhere = film_like_shares(rows, mean=0.3).sort("item_id")
+    shift = shares["like_share"] - elsewhere["like_share"]
+    assert shift.to_numpy()[5:-5] == pytest.approx(rows["label"].mean() - 0.3)
 
 
 def test_members_of_a_time_are_left_out_whole() -> None:
@@ -120,4 +123,4 @@ def test_a_catalogue_without_its_columns_is_named(tmp_path: Path) -> None:
         tmp_path / "ratings.parquet"
     )
     with pytest.raises(DataError, match="ratings: should have the columns rating"):
-        read_catalogue(tmp_path, since=0, until=1)
+        read_catalogue(tmp_path, since=0, until=1, mean=0.5)
