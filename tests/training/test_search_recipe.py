@@ -82,13 +82,13 @@ def test_a_collection_without_titles_and_sentences_is_refused() -> None:
 def test_two_stages_learn_what_was_planted_and_are_not_run_again(tmp_path: Path) -> None:
     search_set = planted_set()
     index = SearchIndex(search_set.documents)
-    stage = TrainConfig(epochs=2, labels_per_step=60, learning_rate=3e-3, seed=1)
+    stage = TrainConfig(epochs=2, targets_per_step=60, learning_rate=3e-3, seed=1)
     config = SearchConfig(
         view=View.EVIDENCE,
         alike_per_list=2,
         drawn_per_list=3,
         unjudged_per_list=8,
-        pretraining=TrainConfig(epochs=1, labels_per_step=60, learning_rate=3e-3, seed=1),
+        pretraining=TrainConfig(epochs=1, targets_per_step=60, learning_rate=3e-3, seed=1),
         finetuning=stage,
     )
     test = ("q2", "q9", "q15", "q20")
