@@ -1,9 +1,8 @@
 """Recipes: functions that say what is trained, on what and how, each with its defaults."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +27,14 @@ from rankonce.training.runs import Evaluate, run_stages
 from rankonce.training.stages import Stage, StageSource, Tasks, fingerprint_files, label_source
 
 # Of the train rows, the first ones that are no examples.
-_FIRST_SHARE = 0.2
-# The part of the rows that a block holds, told what was counted before it.
-_BLOCK_SHARE = 0.08
+_FIRST_SHARE = 0.3
 # How often an epoch of fine-tuning asks of every film of the catalogue.
-_REMINDERS = 4
+_REMINDERS = 2
 # Examples in which nothing is said of the member but the history: a third of the members that are
 # served later have no rating among the train rows.
 _NEWCOMERS = 0.2
 # Part of a label that is what the averages lead one to expect.
-_SMOOTHING = 0.7
+_SMOOTHING = 0.6
 _CANDIDATES = 24
 # How often an epoch of the catalogue asks of every film.
 _CATALOGUE_TIMES = 10
@@ -128,10 +125,10 @@ def ml1m() -> Recipe:
                 name="finetune",
                 load=_load_ml1m,
                 config=TrainConfig(
-                    epochs=2,
+                    epochs=3,
                     targets_per_step=64,
-                    learning_rate=7e-4,
-                    dropout=0.2,
+                    learning_rate=1e-3,
+                    dropout=0.1,
                     averaging=0.99,
                 ),
             ),
@@ -273,16 +270,21 @@ def _load_ml1m(
     if other is not None:
         catalogue = _read_other_catalogue(other, train_rows)
     priors = catalogue.priors(read_films(items)) if catalogue is not None else {}
+    # The first rows know next to nothing of what was before them, as no row does that is served.
+    start = float(np.quantile(read_whole_numbers(train_rows, "timestamp"), _FIRST_SHARE))
+    movies = movie_rows(
+        train_rows.filter(pl.col("timestamp") >= start), items, train=train_rows, priors=priors
+    )
 
     def epoch(number: int) -> Iterable[TrainingExample]:
         seed = 1000 * config.seed + number
-        for before, block in _blocks(train_rows, seed=seed):
-            yield from movie_examples(
-                movie_rows(block, items, train=before, priors=priors),
-                candidates_per_example=_CANDIDATES,
-                seed=seed,
-                smoothing=_SMOOTHING,
-            )
+        yield from movie_examples(
+            movies,
+            candidates_per_example=_CANDIDATES,
+            seed=seed,
+            newcomers=_NEWCOMERS,
+            smoothing=_SMOOTHING,
+        )
         if catalogue is not None:
             # What was learnt by heart is forgotten if it is not asked again.
             yield from repeated_quality_examples(
@@ -299,23 +301,6 @@ def _load_ml1m(
         valid=list(movie_examples(held_out, candidates_per_example=_CANDIDATES)),
         fingerprint=fingerprint_files(folder / name for name in names),
     )
-
-
-def _blocks(rows: pl.DataFrame, *, seed: int) -> Iterator[tuple[pl.DataFrame, pl.DataFrame]]:
-    """Cut rows by time into blocks, elsewhere for every seed: the rows before one, and its own.
-
-    A ranker is served with numbers that were counted some time ago, of members who were not all
-    known then. Rows that are told what was counted before their block teach it to live with that.
-    """
-    moments = read_whole_numbers(rows, "timestamp")
-    first = _FIRST_SHARE + np.random.default_rng(seed).uniform(0, _BLOCK_SHARE)
-    shares = np.arange(first, 1 - _BLOCK_SHARE / 2, _BLOCK_SHARE)
-    edges = [*np.quantile(moments, shares).tolist(), moments.max() + 1]
-    for start, end in pairwise(edges):
-        yield (
-            rows.filter(pl.col("timestamp") < start),
-            rows.filter((pl.col("timestamp") >= start) & (pl.col("timestamp") < end)),
-        )
 
 
 def _load_ml_small(folder: Path, config: TrainConfig, tasks: Tasks) -> StageSource:
