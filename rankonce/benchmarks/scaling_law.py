@@ -180,9 +180,10 @@ class _Fit:
         from scipy.optimize import least_squares
 
         term, power = _BOUNDS
-        # E is less than every loss.
-        low = [-12.0, term[0], term[0], power[0], power[0]]
-        high = [float(targets.min()), term[1], term[1], power[1], power[1]]
+        # E is less than every loss, also where few points make a drawn one tiny.
+        most = float(targets.min())
+        low = [min(term[0], most - 1), term[0], term[0], power[0], power[0]]
+        high = [most, term[1], term[1], power[1], power[1]]
         found: Any = least_squares(
             lambda numbers: self.log_losses(numbers) - targets,
             np.clip(start, np.array(low) + 1e-6, np.array(high) - 1e-6),

@@ -12,7 +12,7 @@ from rankonce.errors import MissingDependencyError
 
 
 def describe_scaling(record: Mapping[str, Any]) -> str:
-    """Write a finished record as two tables in Markdown: points, and the law with its prediction."""
+    """Write a finished record as two tables in Markdown: points, and the law."""
     prediction, law = record["prediction"], ScalingLaw(**record["prediction"]["law"])
     lines = [
         "| size | weights, no embedding | requests | log-loss | by the law | AUC |",

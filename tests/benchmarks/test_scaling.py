@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,37 +99,27 @@ def test_valid_requests_are_the_newest_and_none_of_the_train_ones(tmp_path: Path
     assert not {row.request.id for row in train} & {one.example.request.id for one in valid}
 
 
-def test_smaller_amounts_are_parts_of_larger_ones(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: dict[int, list[Any]] = {}
-    learn = scaling.train_network
-
-    def watch(network: Any, tokenizer: Any, units: Any, **more: Any) -> Any:
-        seen[len(units)] = list(units)
-        return learn(network, tokenizer, units, **more)
-
-    monkeypatch.setattr(scaling, "train_network", watch)
-    measure_scaling(tiny_study(tmp_path))
-    assert sorted(seen) == [1, 2, 4, 7]
-    for amount, units in seen.items():
-        assert units == seen[7][:amount]
-
-
-def test_the_prediction_is_on_disk_before_its_point_runs_and_is_kept(
+def test_amounts_are_nested_and_the_prediction_is_on_disk_before_its_point_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = tiny_study(tmp_path)
     learn = scaling.train_network
 
+    seen: dict[int, list[Any]] = {}
+
     def fail_at_the_last(network: Any, tokenizer: Any, units: Any, **more: Any) -> Any:
+        seen[len(units)] = list(units)
         if len(units) == 7:
             raise KeyboardInterrupt
         return learn(network, tokenizer, units, **more)
 
     monkeypatch.setattr(scaling, "train_network", fail_at_the_last)
+    monkeypatch.setattr(scaling, "predict_loss", partial(predict_loss, num_samples=20))
     with pytest.raises(KeyboardInterrupt):
         measure_scaling(study)
+    assert sorted(seen) == [1, 2, 4, 7]
+    for amount, units in seen.items():
+        assert units == seen[7][:amount]
     before = json.loads(study.output.read_text())
     assert len(before["runs"]) == 6
     assert before["held_out"] == []
