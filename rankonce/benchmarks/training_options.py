@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from rankonce.benchmarks.training import demonstration_example
 from rankonce.datasets.domains import TASK_SOURCES
-from rankonce.datasets.domains.platform import Domain, build_platform
+from rankonce.datasets.domains.platform import Domain, SimulatedExample, build_platform
 from rankonce.environment import describe_environment
 from rankonce.errors import DataError
 from rankonce.evaluation.metrics import auc
@@ -38,7 +38,7 @@ from rankonce.training.data import TokenizedExample, tokenize_examples
 from rankonce.training.loop import TrainConfig, TrainingData, train
 from rankonce.training.objectives import LabelObjective, Learner
 from rankonce.training.recomputation import recompute_layers
-from rankonce.training.stages import label_source
+from rankonce.training.stages import Tasks, label_source
 from rankonce.training.steps import split_by_tokens
 from rankonce.training.tokenizer import train_tokenizer
 
@@ -83,10 +83,7 @@ def measure_options(options: OptionsBenchmark) -> dict[str, Any]:
     started = time.perf_counter()
     train_rows, valid_rows = _read(options)
     tasks = library_tasks()
-    source = label_source(lambda _: train_rows, tasks=tasks, fingerprint={})
-    bytewise = Renderer(TextEncoder(train_tokenizer([" "], source.tasks)), max_prompt_tokens=2**31)
-    tokenizer = train_tokenizer(source.texts(bytewise), source.tasks)
-    renderer = Renderer(TextEncoder(tokenizer), max_prompt_tokens=CONTEXT_TOKENS)
+    tokenizer, renderer = prepare_renderer(train_rows, tasks)
     units, valid = (
         list(tokenize_examples(rows, renderer, tasks)) for rows in (train_rows, valid_rows)
     )
@@ -105,11 +102,8 @@ def measure_options(options: OptionsBenchmark) -> dict[str, Any]:
             print(f"seed {seed}: {name}", file=sys.stderr)
             config = replace(options.config, seed=seed, **changes)
             network = build_model(options.size, seed=seed)
-            with tempfile.TemporaryDirectory() as folder:
-                data = TrainingData(units=lambda _: units, objective=LabelObjective())
-                train(network, tokenizer, data, Path(folder), config=config, name=name)
-                trained = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-            record["runs"].append({"arm": name, "seed": seed, **_measure(trained, valid)})
+            trained = train_network(network, tokenizer, units, config=config, name=name)
+            record["runs"].append({"arm": name, "seed": seed, **measure_labels(trained, valid)})
             record["minutes"] = (time.perf_counter() - started) / 60
             options.output.parent.mkdir(parents=True, exist_ok=True)
             options.output.write_text(json.dumps(record, indent=1) + "\n")
@@ -190,21 +184,51 @@ def _measure_pass(
     return {"kept_mb": sum(kept.values()) / 2**20, "seconds": seconds}
 
 
+def prepare_renderer(rows: Sequence[TrainingExample], tasks: Tasks) -> tuple[Any, Renderer]:
+    """Train a tokenizer on requests as they are rendered; give it and a renderer that uses it."""
+    source = label_source(lambda _: rows, tasks=tasks, fingerprint={})
+    bytewise = Renderer(TextEncoder(train_tokenizer([" "], source.tasks)), max_prompt_tokens=2**31)
+    tokenizer = train_tokenizer(source.texts(bytewise), source.tasks)
+    return tokenizer, Renderer(TextEncoder(tokenizer), max_prompt_tokens=CONTEXT_TOKENS)
+
+
+def train_network(
+    network: Any,
+    tokenizer: Any,
+    units: Sequence[TokenizedExample],
+    *,
+    config: TrainConfig,
+    name: str,
+) -> Any:
+    """Train a model as a run of the loop does; give it as it is read back from disk."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = TrainingData(units=lambda _: units, objective=LabelObjective())
+        train(network, tokenizer, data, Path(folder), config=config, name=name)
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def draw_simulated(task: str, count: int) -> list[SimulatedExample]:
+    """Draw requests of a simulated platform, in the order of time.
+
+    Raises:
+        DataError: the task has no such platform.
+    """
+    domain = TASK_SOURCES.get(task)
+    if not isinstance(domain, Domain):
+        raise DataError(f"task: should be one of a simulated platform, is {task!r}")
+    drawn = islice(build_platform(domain).examples(task, count), count)
+    return sorted(drawn, key=lambda one: one.example.request.time or 0)
+
+
 def _read(options: OptionsBenchmark) -> tuple[list[TrainingExample], list[TrainingExample]]:
     """Draw requests; the valid ones are the newest of what was drawn."""
-    domain = TASK_SOURCES.get(options.task)
-    if not isinstance(domain, Domain):
-        raise DataError(f"task: should be one of a simulated platform, is {options.task!r}")
-    count = options.num_train + options.num_valid
-    drawn = build_platform(domain).examples(options.task, count)
-    rows = sorted(
-        (one.example for one in islice(drawn, count)), key=lambda example: example.request.time or 0
-    )
+    drawn = draw_simulated(options.task, options.num_train + options.num_valid)
+    rows = [one.example for one in drawn]
     return rows[: -options.num_valid], rows[-options.num_valid :]
 
 
 @torch.no_grad()
-def _measure(network: Any, valid: Sequence[TokenizedExample]) -> dict[str, float]:
+def measure_labels(network: Any, valid: Sequence[TokenizedExample]) -> dict[str, float]:
     """Log-loss over the labels, and AUC of the ranking values against the label that ranks."""
     use_segment_attention(network)
     accelerate_model(network)

@@ -217,6 +217,61 @@ def training_options(
 
 
 @app.command()
+def scaling(
+    task: Annotated[str, typer.Option(help="Of a simulated platform.")] = "search-relevance",
+    size: Annotated[
+        list[str] | None,
+        typer.Option(help="Of the grid; give several.", show_default="0.07m, 0.16m, 0.4m"),
+    ] = None,
+    train: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Requests; give several.", show_default="250, 500, 1000"),
+    ] = None,
+    predict_size: Annotated[str, typer.Option(help="Of the point that is predicted.")] = "0.4m",
+    predict_train: Annotated[int, typer.Option(min=1, help="Its requests.")] = 2000,
+    valid: Annotated[int, typer.Option(min=1, help="Requests to measure on.")] = 250,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the requests.")] = 4,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of every point.")] = 1,
+    output: Annotated[
+        Path, typer.Option(dir_okay=False, help="JSON; a study that was cut short goes on.")
+    ] = Path("results/scaling.json"),
+    plot: Annotated[Path | None, typer.Option(dir_okay=False, help="Picture, .png.")] = None,
+    record: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="Train nothing, print this record."),
+    ] = None,
+) -> None:
+    """Fit a law of loss by size and data, predict a point with it, then run that point."""
+    import json
+    from dataclasses import replace
+
+    from rankonce.benchmarks.scaling import ScalingStudy, measure_scaling
+    from rankonce.benchmarks.scaling_report import check_picture, describe_scaling, plot_scaling
+
+    if plot is not None:
+        check_picture()
+    if record is not None:
+        found = json.loads(record.read_text())
+    else:
+        quiet_transformers()
+        default = ScalingStudy()
+        study = ScalingStudy(
+            task=task,
+            sizes=tuple(size or default.sizes),
+            amounts=tuple(train or default.amounts),
+            held_out=(predict_size, predict_train),
+            num_valid=valid,
+            config=replace(default.config, epochs=epochs),
+            seeds=tuple(range(seeds)),
+            output=output,
+        )
+        found = measure_scaling(study)
+    if plot is not None:
+        plot_scaling(plot, found)
+    typer.echo(describe_scaling(found))
+
+
+@app.command()
 def report(
     files: Annotated[
         list[Path],

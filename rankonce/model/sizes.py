@@ -41,6 +41,9 @@ def _size(hidden: int, layers: int, heads: int, groups: int, head: int, mlp: int
 
 # Named by their parameters.
 SIZES: dict[str, ModelSize] = {
+    "0.07m": _size(16, 2, 1, 1, 16, 48),
+    "0.16m": _size(32, 2, 2, 1, 16, 96),
+    "0.4m": _size(64, 3, 2, 1, 32, 192),
     "1m": _size(128, 4, 4, 2, 32, 384),
     "3m": _size(192, 6, 6, 2, 32, 512),
     "10m": _size(320, 8, 10, 2, 32, 896),
