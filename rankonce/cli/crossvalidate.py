@@ -47,7 +47,7 @@ def crossvalidate(
     num_candidates: Annotated[int, typer.Option(min=10, help="BM25's best, to be ranked.")] = 100,
     seed: Annotated[int, typer.Option(min=0, help="Of the cut into folds.")] = 0,
     size: Annotated[
-        str | None, typer.Option(help="Of the model: 1m to 150m.", show_default="the recipe's")
+        str | None, typer.Option(help="Of the model: 0.07m to 150m.", show_default="the recipe's")
     ] = None,
     num_resamples: Annotated[
         int, typer.Option(min=2, help="Bootstrap samples of queries for the standard errors.")

@@ -40,7 +40,7 @@ def finetune(
         ),
     ] = None,
     size: Annotated[
-        str | None, typer.Option(help="Size from scratch: 1m to 150m.", show_default="3m")
+        str | None, typer.Option(help="Size from scratch: 0.07m to 150m.", show_default="3m")
     ] = None,
     loss: Annotated[
         list[str] | None,

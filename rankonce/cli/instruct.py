@@ -81,7 +81,7 @@ def instruct(
         ),
     ] = None,
     size: Annotated[
-        str | None, typer.Option(help="Size from scratch: 1m to 150m.", show_default="3m")
+        str | None, typer.Option(help="Size from scratch: 0.07m to 150m.", show_default="3m")
     ] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the examples.")] = 2,
     max_steps: Annotated[

@@ -34,7 +34,7 @@ def pretrain(
         ),
     ] = None,
     size: Annotated[
-        str | None, typer.Option(help="Size from scratch: 1m to 150m.", show_default="10m")
+        str | None, typer.Option(help="Size from scratch: 0.07m to 150m.", show_default="10m")
     ] = None,
     max_steps: Annotated[
         int | None,

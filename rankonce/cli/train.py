@@ -35,7 +35,7 @@ def train(
     ] = None,
     size: Annotated[
         str | None,
-        typer.Option(help="Size from scratch: 1m to 150m.", show_default="the recipe's"),
+        typer.Option(help="Size from scratch: 0.07m to 150m.", show_default="the recipe's"),
     ] = None,
     seed: Annotated[
         int | None, typer.Option(min=0, help="Of everything.", show_default="the recipe's")

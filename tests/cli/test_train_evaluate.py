@@ -169,7 +169,7 @@ def test_an_unknown_setting_is_named(
 def test_an_unknown_size_is_named(run: Command, data: Path, tmp_path: Path) -> None:
     done = run("train", "ml1m", "--data", data, "--out", tmp_path / "x", "--size", "7b")
     assert done.exit_code == 1
-    assert "size: should be one of 1m, 3m" in done.err
+    assert "size: should be one of 0.07m, 0.16m" in done.err
 
 
 def test_a_size_and_a_checkpoint_are_bad_usage(

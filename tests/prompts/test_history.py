@@ -141,12 +141,12 @@ def render(max_prompt_tokens: int, num_events: int) -> tuple[str, HistoryReport,
 
 
 def test_a_short_context_shortens_the_history_and_the_report_says_so() -> None:
-    _, _, whole = render(4096, 20)
-    prefix, report, num_tokens = render(whole - 30, 20)
+    _, _, whole = render(4096, 12)
+    prefix, report, num_tokens = render(whole - 30, 12)
     assert num_tokens <= whole - 30
     written = [int(number) for number in re.findall(r"liked: Heat (\d+)", prefix)]
-    assert written == [place for place in range(20) if place not in report.dropped]
-    assert 0 < report.num_kept < 20
+    assert written == [place for place in range(12) if place not in report.dropped]
+    assert 0 < report.num_kept < 12
     assert all("history tokens" in reason for reason in report.dropped.values())
 
 
