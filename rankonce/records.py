@@ -40,6 +40,12 @@ def _whole_text(value: str) -> str:
     return value
 
 
+def _some_text(value: str) -> str:
+    if not value.strip():
+        raise ValueError("should be text, is empty")
+    return value
+
+
 def _unix_seconds(value: object) -> object:
     """Read a time: Unix seconds or ISO 8601 (UTC unless it names a zone)."""
     if isinstance(value, bool):
@@ -121,6 +127,7 @@ class ScoreRequest:
         id: the caller's own name for the request; returned unchanged.
         adapter: the name of an adapter that is loaded, or empty for the backbone alone; without
             one the adapter that learnt the task scores, if there is one.
+        instruction: stands in the prompt instead of the task's instruction.
     """
 
     task: Text
@@ -131,6 +138,7 @@ class ScoreRequest:
     time: Time | None = None
     id: Text | None = None
     adapter: Text | None = None
+    instruction: Annotated[Text, AfterValidator(_some_text)] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -172,7 +172,9 @@ def explain(
         "chat": encoder.chat,
         "max_prompt_tokens": renderer.max_prompt_tokens,
         "prefix": {
-            "pieces": _prefix_pieces(encoder, task, rendered.prefix),
+            "pieces": _prefix_pieces(
+                encoder, request.instruction or task.instruction, rendered.prefix
+            ),
             "num_tokens": len(tokens.prefix_ids),
             "token_ids": list(tokens.prefix_ids),
         },
@@ -223,13 +225,13 @@ def _prefix_tokens(renderer: "Renderer", task: "Task", request: "ScoreRequest") 
     return len(renderer.render(task, request).tokens.prefix_ids)
 
 
-def _prefix_pieces(encoder: "TextEncoder", task: "Task", prefix: str) -> list[dict[str, Any]]:
+def _prefix_pieces(encoder: "TextEncoder", instruction: str, prefix: str) -> list[dict[str, Any]]:
     rest = prefix.removeprefix(encoder.head)
     if not encoder.middle:
         return _pieces((encoder.head, True), (rest, False))
-    rest = rest.removeprefix(task.instruction + encoder.middle)
+    rest = rest.removeprefix(instruction + encoder.middle)
     return _pieces(
-        (encoder.head, True), (task.instruction, False), (encoder.middle, True), (rest, False)
+        (encoder.head, True), (instruction, False), (encoder.middle, True), (rest, False)
     )
 
 

@@ -76,8 +76,9 @@ class Renderer:
         segment_ids = self.encoder.encode_segments(segments)
         longest = max(map(len, segment_ids))
         events, examples = _write_events(task, request), _write_examples(task, request)
+        instruction = request.instruction or task.instruction
         body = _body(task, request, [], examples)
-        prefix_ids = self.encoder.encode_prefix(task.instruction, body)
+        prefix_ids = self.encoder.encode_prefix(instruction, body)
         room = self.max_prompt_tokens - longest - len(prefix_ids)
         if room < 0:
             fits = bool(examples) and self._fits_without_examples(task, request, longest)
@@ -102,12 +103,12 @@ class Renderer:
                     max_tokens=budget,
                 )
                 body = _body(task, request, [events[index] for index in kept], examples)
-                prefix_ids = self.encoder.encode_prefix(task.instruction, body)
+                prefix_ids = self.encoder.encode_prefix(instruction, body)
                 # The heading may be longer than the line that stands for an empty history.
                 excess = len(prefix_ids) + longest - self.max_prompt_tokens
                 budget = max(0, budget - excess)
         return RenderedRequest(
-            prefix=self._frame(task.instruction, body),
+            prefix=self._frame(instruction, body),
             segments=tuple(segment + self.encoder.tail for segment in segments),
             history=report,
             tokens=TokenizedRequest(
@@ -116,7 +117,8 @@ class Renderer:
         )
 
     def _fits_without_examples(self, task: Task, request: ScoreRequest, longest: int) -> bool:
-        ids = self.encoder.encode_prefix(task.instruction, _body(task, request, [], []))
+        instruction = request.instruction or task.instruction
+        ids = self.encoder.encode_prefix(instruction, _body(task, request, [], []))
         return len(ids) + longest <= self.max_prompt_tokens
 
     def _frame(self, instruction: str, body: str) -> str:
