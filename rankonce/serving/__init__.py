@@ -5,6 +5,7 @@ schemas   shapes of the questions, ``fields`` the values in them, ``answers`` sh
 failures  every failure as an answer in OpenAI's form
 engine    from question to answer
 prompts   prompts that the caller wrote, to token ids; ``packing`` finds what they share
+reranking documents and answers in the words of each rerank client
 logprobs  what the model says of the next token, as OpenAI's clients read it
 batcher   the one thread that runs the model
 """

@@ -3,9 +3,9 @@
 import math
 import time
 import uuid
-from typing import Literal
+from typing import Literal, TypeAlias
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from rankonce.records import ScoreResult
 
@@ -148,9 +148,29 @@ class ScoreAnswer(BaseModel):
     usage: Usage
 
 
-class DocumentPart(BaseModel):
-    """A document, where it was asked for."""
+class GenerativeScore(BaseModel):
+    """The probability of the first label after one item; ``index`` is its place."""
 
+    index: int
+    object: Literal["score"] = "score"
+    score: float
+
+
+class GenerativeScoringAnswer(BaseModel):
+    """vLLM's answer to a generative scoring question."""
+
+    id: str = Field(default_factory=lambda: answer_id("generative-scoring"))
+    object: Literal["list"] = "list"
+    created: int = Field(default_factory=_now)
+    model: str
+    data: list[GenerativeScore]
+    usage: Usage
+
+
+class DocumentPart(BaseModel):
+    """A document as it came, where it was asked for."""
+
+    model_config = ConfigDict(extra="allow")
     text: str
     title: str | None = None
 
@@ -199,6 +219,66 @@ class RerankAnswer(BaseModel):
     usage: RerankUsage
     meta: RerankMeta = Field(default_factory=RerankMeta)
     warnings: list[str] = []
+
+
+class VoyageDocument(BaseModel):
+    """One document as Voyage answers, whose documents are texts."""
+
+    index: int
+    relevance_score: float
+    document: str | None = None
+
+
+class VoyageAnswer(BaseModel):
+    """Documents, best first, in Voyage's form."""
+
+    object: Literal["list"] = "list"
+    data: list[VoyageDocument]
+    model: str
+    usage: RerankUsage
+    warnings: list[str] = []
+
+
+class MixedbreadDocument(BaseModel):
+    """One document as Mixedbread answers."""
+
+    index: int
+    score: float
+    input: DocumentPart | str | None = None
+    object: Literal["rank_result"] = "rank_result"
+
+
+class MixedbreadAnswer(BaseModel):
+    """Documents, best first, in Mixedbread's form."""
+
+    object: Literal["list"] = "list"
+    data: list[MixedbreadDocument]
+    model: str
+    usage: RerankUsage
+    top_k: int
+    return_input: bool
+    warnings: list[str] = []
+
+
+class TeiDocument(BaseModel):
+    """One document as Text Embeddings Inference answers, in a bare list."""
+
+    index: int
+    score: float
+    text: str | None = None
+
+
+class SglangDocument(BaseModel):
+    """One document as SGLang answers, in a bare list."""
+
+    score: float
+    document: str | None = None
+    index: int
+
+
+AnyRerankAnswer: TypeAlias = (
+    RerankAnswer | VoyageAnswer | MixedbreadAnswer | list[TeiDocument] | list[SglangDocument]
+)
 
 
 class CompletionLogprobs(BaseModel):

@@ -15,19 +15,27 @@ from uvicorn.config import LOGGING_CONFIG
 from rankonce import __version__
 from rankonce.ranker import Ranker
 from rankonce.serving.answers import (
+    AnyRerankAnswer,
     ChatAnswer,
     CompletionAnswer,
     ErrorAnswer,
+    GenerativeScoringAnswer,
     Health,
     ModelCard,
     ModelList,
     RankAnswer,
-    RerankAnswer,
     ScoreAnswer,
 )
 from rankonce.serving.engine import Engine, ServerConfig
 from rankonce.serving.failures import JsonRoute, answer_failures
-from rankonce.serving.schemas import ChatBody, CompletionBody, RankBody, RerankBody, ScoreBody
+from rankonce.serving.schemas import (
+    ChatBody,
+    CompletionBody,
+    GenerativeScoringBody,
+    RankBody,
+    RerankBody,
+    ScoreBody,
+)
 
 _REFUSALS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorAnswer, "description": "The question cannot be answered; param says why."},
@@ -100,11 +108,16 @@ def _add_scoring(app: FastAPI, engine: Engine) -> None:
         """Give the probabilities of labels after query and item, in SGLang's form."""
         return await engine.score(body)
 
+    @app.post("/generative_scoring", responses=_REFUSALS)
+    async def generative_scoring(body: GenerativeScoringBody) -> GenerativeScoringAnswer:
+        """Give the probability of the first label after query and item, in vLLM's form."""
+        return await engine.score_generatively(body)
+
     @app.post("/v2/rerank", responses=_REFUSALS, response_model_exclude_none=True)
     @app.post("/rerank", responses=_REFUSALS, response_model_exclude_none=True)
     @app.post("/v1/rerank", responses=_REFUSALS, response_model_exclude_none=True)
-    async def rerank(body: RerankBody) -> RerankAnswer:
-        """Order documents by relevance, in the form of Cohere and Jina."""
+    async def rerank(body: RerankBody) -> AnyRerankAnswer:
+        """Order documents by relevance, in the form of whose words the question has."""
         return await engine.rerank(body)
 
     @app.post("/v1/completions", responses=_REFUSALS)

@@ -4,24 +4,24 @@ import math
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from rankonce.errors import ModelError, RequestError
-from rankonce.prompts.tasks import Task, find_task
+from rankonce.prompts.tasks import find_task
 from rankonce.ranker import Ranker, RawScores
-from rankonce.records import Item, ScoreRequest, ScoreResult
+from rankonce.records import ScoreRequest, ScoreResult
 from rankonce.serving.answers import (
+    AnyRerankAnswer,
     AssistantMessage,
     CachedTokens,
     ChatAnswer,
     ChatChoice,
     CompletionAnswer,
     CompletionChoice,
-    DocumentPart,
+    GenerativeScore,
+    GenerativeScoringAnswer,
     RankAnswer,
-    RerankAnswer,
-    RerankedDocument,
-    RerankUsage,
     ScoreAnswer,
     Usage,
     rank_answer,
@@ -31,10 +31,11 @@ from rankonce.serving.failures import ServingError, TooLargeError
 from rankonce.serving.logprobs import NextToken, next_tokens, write_chat, write_completion
 from rankonce.serving.packing import PackedPrompts, pack_prompts
 from rankonce.serving.prompts import PromptReader
+from rankonce.serving.reranking import in_rerank_words, read_documents, write_rerank
 from rankonce.serving.schemas import (
     ChatBody,
     CompletionBody,
-    Document,
+    GenerativeScoringBody,
     RankBody,
     RerankBody,
     ScoreBody,
@@ -111,40 +112,24 @@ class Engine:
         )
         return rank_answer(result, model=self._name_of(result.adapter), top_n=body.top_n)
 
-    async def rerank(self, body: RerankBody) -> RerankAnswer:
-        """Answer in the form of Cohere and Jina."""
-        adapter = self._check_question(body.model, len(body.documents), "documents")
+    async def rerank(self, body: RerankBody) -> AnyRerankAnswer:
+        """Answer in the form of Cohere and Jina, or of whose words the question has."""
+        adapter = self._check_question(body.model, len(body.documents), body.documents_field)
         task = find_task(body.task, self.ranker.tasks)
-        request = ScoreRequest(
-            task=body.task,
-            profile={"query": body.query},
-            candidates=tuple(_candidate(document) for document in body.documents),
-            adapter=adapter,
-        )
+        documents = await self._batcher.run_text(read_documents, body, self._reader)
         try:
-            result = await self._score_request(request)
-        except RequestError as error:
-            raise type(error)(_in_rerank_words(str(error))) from error
-        order = sorted(range(len(body.documents)), key=lambda i: result.candidates[i].rank)
-        return RerankAnswer(
-            model=self._name_of(result.adapter),
-            results=[
-                RerankedDocument(
-                    index=index,
-                    relevance_score=_relevance(task, result.candidates[index].value),
-                    document=(
-                        DocumentPart(**body.documents[index].model_dump())
-                        if body.return_documents
-                        else None
-                    ),
+            result = await self._score_request(
+                ScoreRequest(
+                    task=body.task,
+                    profile={"query": body.query},
+                    candidates=documents.candidates,
+                    adapter=adapter,
+                    instruction=body.instruction,
                 )
-                for index in order[: body.top_n]
-            ],
-            usage=RerankUsage(
-                prompt_tokens=result.usage.prompt_tokens, total_tokens=result.usage.prompt_tokens
-            ),
-            warnings=list(result.warnings),
-        )
+            )
+        except RequestError as error:
+            raise type(error)(in_rerank_words(str(error), body)) from error
+        return write_rerank(body, documents, result, task, model=self._name_of(result.adapter))
 
     async def score(self, body: ScoreBody) -> ScoreAnswer:
         """Answer in SGLang's form."""
@@ -157,6 +142,29 @@ class Engine:
             model=self._name_of(adapter),
             usage=usage,
         )
+
+    async def score_generatively(self, body: GenerativeScoringBody) -> GenerativeScoringAnswer:
+        """Answer in the form of vLLM's generative scoring."""
+        adapter = self._choose(self._check_question(body.model, len(body.items), "items"))
+        encode = partial(
+            self._reader.encode_joined,
+            item_first=body.item_first,
+            add_special_tokens=body.add_special_tokens,
+        )
+        prompts = await self._batcher.run_text(encode, body.query, body.items)
+        whole = not body.apply_softmax
+        tokens, usage = await self._read(prompts, "items", body, adapter=adapter, whole=whole)
+        answer = GenerativeScoringAnswer(
+            model=self._name_of(adapter),
+            data=[
+                GenerativeScore(index=index, score=math.exp(token.labels[0][1]))
+                for index, token in enumerate(tokens)
+            ],
+            usage=_with_answers(usage, len(tokens)),
+        )
+        if body.request_id is not None:
+            answer.id = f"generative-scoring-{body.request_id}"
+        return answer
 
     async def complete(self, body: CompletionBody) -> CompletionAnswer:
         """Answer in the form of OpenAI's completions."""
@@ -290,26 +298,6 @@ def _with_answers(usage: Usage, num_answers: int) -> Usage:
             "total_tokens": usage.prompt_tokens + num_answers,
         }
     )
-
-
-def _candidate(document: Document) -> Item:
-    return Item(fields=document.model_dump(exclude_none=True))
-
-
-def _in_rerank_words(message: str) -> str:
-    renamed = message.replace("candidates[", "documents[").replace(".fields.text:", ".text:")
-    return renamed.removeprefix("profile.") if renamed.startswith("profile.query:") else renamed
-
-
-def _relevance(task: Task, value: float) -> float:
-    """Bring a ranking value into 0..1."""
-    if task.ranking.kind == "log_odds":
-        return 1 / (1 + math.exp(-value)) if value >= 0 else math.exp(value) / (1 + math.exp(value))
-    grades = [label.grade or 0.0 for label in task.labels]
-    lowest, highest = min(grades), max(grades)
-    scaled = (value - lowest) / (highest - lowest) if highest > lowest else 0.0
-    # Rounding may leave the interval by an ulp.
-    return min(1.0, max(0.0, scaled))
 
 
 def _short_name(name: str) -> str:

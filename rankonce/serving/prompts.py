@@ -49,6 +49,34 @@ class PromptReader:
             tuple(next(encoded).ids) if isinstance(prompt, str) else prompt for prompt in prompts
         ]
 
+    def encode_joined(
+        self,
+        query: str | tuple[int, ...],
+        items: Sequence[str] | Sequence[tuple[int, ...]],
+        *,
+        item_first: bool,
+        add_special_tokens: bool,
+    ) -> list[tuple[int, ...]]:
+        """Encode query and items apart and join their ids, as vLLM does.
+
+        Args:
+            add_special_tokens: those that the tokenizer puts around a text, around the query alone.
+        """
+        if isinstance(query, str):
+            encoded = self._backend.encode(query, add_special_tokens=add_special_tokens)
+            query = tuple(encoded.ids)
+        texts = [item for item in items if isinstance(item, str)]
+        ids = iter(self._backend.encode_batch(texts, add_special_tokens=False))
+        parts = [tuple(next(ids).ids) if isinstance(item, str) else item for item in items]
+        return [part + query if item_first else query + part for part in parts]
+
+    def cut(self, text: str, max_tokens: int) -> str:
+        """Return the part of a text that has at most so many tokens."""
+        encoded = self._backend.encode(text, add_special_tokens=False)
+        if len(encoded.ids) <= max_tokens:
+            return text
+        return text[: encoded.offsets[max_tokens][0]].rstrip()
+
     def check(self, prompts: Sequence[tuple[int, ...]], field: str) -> None:
         """Refuse prompts that the model cannot read.
 

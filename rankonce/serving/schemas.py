@@ -14,6 +14,8 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
     ValidationInfo,
     field_validator,
     model_validator,
@@ -86,10 +88,10 @@ class RankBody(ScoreRequest):
 
 
 class Document(BaseModel):
-    """A candidate of a rerank question."""
+    """A candidate of a rerank question; fields beside these are given back as they came."""
 
-    model_config = ConfigDict(extra="forbid")
-    text: str
+    model_config = ConfigDict(extra="allow")
+    text: str | None = None
     title: str | None = None
 
 
@@ -101,8 +103,23 @@ def _document(value: Any) -> Any:
     return value
 
 
+# Words for the same that are never in one question.
+_DOCUMENTS = ("documents", "texts", "input")
+_BOUNDS = ("top_n", "top_k")
+_RETURNS = ("return_documents", "return_text", "return_input")
+_INSTRUCTIONS = ("instruction", "instruct")
+
+RerankForm: TypeAlias = Literal["cohere", "voyage", "mixedbread", "tei", "sglang"]
+
+
 class RerankBody(BaseModel):
-    """The rerank question of Cohere and Jina."""
+    """The rerank question of Cohere and Jina, and of those whose words differ.
+
+    Attributes:
+        rank_fields: the fields of a document that are read, in this order, where it has them.
+        max_tokens_per_doc: documents are read up to here; the answer says which were longer.
+        instruction: stands in the prompt instead of the task's.
+    """
 
     model_config = _example(
         query="how do plants make food",
@@ -113,13 +130,58 @@ class RerankBody(BaseModel):
     query: str
     documents: Annotated[
         list[Annotated[Document, BeforeValidator(_document)]],
-        Field(min_length=1, validation_alias=AliasChoices("documents", "texts", "input")),
+        Field(min_length=1, validation_alias=AliasChoices(*_DOCUMENTS)),
     ]
-    top_n: Annotated[TopN, Field(validation_alias=AliasChoices("top_n", "top_k"))] = None
-    return_documents: bool = False
+    top_n: Annotated[TopN, Field(validation_alias=AliasChoices(*_BOUNDS))] = None
+    return_documents: Annotated[bool | None, Field(validation_alias=AliasChoices(*_RETURNS))] = None
+    rank_fields: Annotated[list[str], Field(min_length=1)] | None = None
+    max_tokens_per_doc: Annotated[int, Field(ge=1)] | None = None
+    instruction: Annotated[str | None, Field(validation_alias=AliasChoices(*_INSTRUCTIONS))] = None
     task: str = "search-relevance"
     model: str | None = None
-    max_tokens_per_doc: Annotated[None, only(why="documents are never cut")] = None
+    raw_scores: Annotated[bool | None, only(False, why="scores lie between 0 and 1")] = None
+    relevant_spans: Refused = None
+    max_chunks_per_doc: Ignored = None
+    priority: Ignored = None
+    truncate: Ignored = None
+    truncation: Ignored = None
+    truncation_direction: Ignored = None
+    user: Ignored = None
+
+    _names: frozenset[str] = PrivateAttr(default=frozenset())
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _keep_names(cls, data: Any, read: ModelWrapValidatorHandler["RerankBody"]) -> "RerankBody":
+        if not isinstance(data, dict):
+            return read(data)
+        for words in (_DOCUMENTS, _BOUNDS, _RETURNS, _INSTRUCTIONS):
+            if len(given := [word for word in words if word in data]) > 1:
+                raise ValueError(f"{given[1]}: should be left out beside {given[0]}")
+        body = read(data)
+        body._names = frozenset(data)
+        if body.max_tokens_per_doc is not None and body.form in ("tei", "sglang"):
+            raise ValueError(
+                "max_tokens_per_doc: should be left out, since the answer is a bare list that "
+                "cannot say what was cut"
+            )
+        return body
+
+    @property
+    def documents_field(self) -> str:
+        """What the question calls its documents."""
+        return next((word for word in _DOCUMENTS if word in self._names), "documents")
+
+    @property
+    def form(self) -> RerankForm:
+        """Whose words the question has, which decides the form of the answer."""
+        if "texts" in self._names:
+            return "tei"
+        if "input" in self._names:
+            return "mixedbread"
+        if "instruct" in self._names:
+            return "sglang"
+        return "voyage" if self._names & {"top_k", "truncation"} else "cohere"
 
 
 class WithLabels(BaseModel):
@@ -161,6 +223,34 @@ class ScoreBody(WithLabels):
             raise ValueError("label_token_ids: is required and missing (or labels, as words)")
         if isinstance(self.query, str) != isinstance(self.items[0], str):
             raise ValueError("items: should be texts like query, or token ids like query")
+        return self
+
+
+class GenerativeScoringBody(WithLabels):
+    """vLLM's generative scoring question, with labels as words beside it.
+
+    The form is that of ``vllm/entrypoints/generate/generative_scoring`` (vLLM pull request 34539):
+    query and items are encoded apart, and the score is the probability of the first label.
+    """
+
+    model_config = _example(
+        query="Film: Heat (1995)\n",
+        items=["Will the member like it? Answer:", "Is it new? Answer:"],
+        labels=[" Yes", " No"],
+    )
+    query: Query
+    items: Items
+    apply_softmax: bool = True
+    item_first: bool = False
+    add_special_tokens: bool = True
+    model: str | None = None
+    request_id: str | None = None
+    priority: Ignored = None
+
+    @model_validator(mode="after")
+    def _check_given(self) -> "GenerativeScoringBody":
+        if not self.has_labels:
+            raise ValueError("label_token_ids: is required and missing (or labels, as words)")
         return self
 
 

@@ -55,7 +55,7 @@ def test_every_example_of_the_interface_is_answered(chatty: Served) -> None:
             response = chatty.http.post(path, json=example)
             assert response.status_code == 200, response.text
             num_examples += 1
-    assert num_examples == 7
+    assert num_examples == 8
 
 
 def test_every_command_of_the_page_is_answered(chatty: Served) -> None:
@@ -67,6 +67,7 @@ def test_every_command_of_the_page_is_answered(chatty: Served) -> None:
     assert answers == [
         ("/v1/rank", 200),
         ("/v1/score", 200),
+        ("/generative_scoring", 200),
         ("/v1/rerank", 200),
         ("/v1/completions", 200),
         ("/v1/chat/completions", 200),
@@ -139,20 +140,6 @@ def test_rerank_takes_the_form_of_cohere(plain: Served, path: str) -> None:
     assert answer["meta"] == {"api_version": {"version": "2"}, "billed_units": {"search_units": 1}}
     assert len(answer["results"]) == 2
     assert all(set(result) == {"index", "relevance_score"} for result in answer["results"])
-
-
-@pytest.mark.parametrize("field", ["documents", "texts", "input"])
-@pytest.mark.parametrize("bound", ["top_n", "top_k"])
-def test_rerank_takes_the_form_of_jina_and_others(plain: Served, field: str, bound: str) -> None:
-    question = {"query": "Heat", field: DOCUMENTS, bound: 3, "return_documents": True}
-    answer = _post(plain.http, "/v1/rerank", question)
-    assert answer["usage"]["total_tokens"] == answer["usage"]["prompt_tokens"] > 0
-    documents = {result["index"]: result["document"] for result in answer["results"]}
-    assert documents == {
-        0: {"text": DOCUMENTS[0]},
-        1: DOCUMENTS[1],
-        2: DOCUMENTS[2],
-    }
 
 
 def test_relevance_is_the_expected_grade_between_0_and_1(plain: Served) -> None:
