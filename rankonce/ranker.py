@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rankonce.calibration import Calibration, calibrate_log_probs, read_calibrations
 from rankonce.errors import NumericsError, RankOnceError, RequestError
 from rankonce.layout import PassPart, TokenizedRequest, plan_passes
 from rankonce.model.adapters import is_adapter, read_adapter
@@ -44,6 +45,7 @@ class RankerConfig:
         chat: use the tokenizer's chat template; ``None`` uses it where there is one.
         adapter: scores the requests that name none, whatever their task; ``None`` leaves it to the
             adapter that learnt the task.
+        calibrate: apply the calibrations that lie beside the model and its adapters.
     """
 
     max_tokens_per_pass: int = 16_384
@@ -52,6 +54,7 @@ class RankerConfig:
     label_mass: bool = False
     chat: bool | None = None
     adapter: str | None = None
+    calibrate: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +104,13 @@ class Ranker:
     ) -> None:
         self.model = model
         self.config = config or RankerConfig()
+        # By adapter and task; the backbone's under None.
+        self.calibrations: dict[str | None, Mapping[str, Calibration]] = {}
+        if self.config.calibrate:
+            folders = {None: model.name} | {
+                name: files.folder for name, files in model.adapters.files.items()
+            }
+            self.calibrations = {name: read_calibrations(one) for name, one in folders.items()}
         self.tasks: dict[str, Task] = {**library_tasks(), **{task.name: task for task in tasks}}
         encoder = TextEncoder(model.tokenizer, chat=self.config.chat)
         self.renderer = Renderer(encoder, max_prompt_tokens=model.max_prompt_tokens)
@@ -312,6 +322,10 @@ class Ranker:
         log_probs = [dict(zip(task.label_names, row, strict=True)) for row in rows]
         values = [task.ranking_value(row) for row in log_probs]
         order = sorted(range(len(values)), key=lambda index: -values[index])
+        calibration = self.find_calibration(request, tokens.adapter)
+        calibrated = None
+        if calibration is not None:
+            calibrated = _calibrate(raw.labels_CL, task, calibration)
         ranks = {index: place + 1 for place, index in enumerate(order)}
         masses = None if raw.mass_C is None else raw.mass_C.exp().tolist()
         return ScoreResult(
@@ -320,10 +334,12 @@ class Ranker:
             candidates=tuple(
                 CandidateScore(
                     id=candidate.id,
-                    log_probs=log_probs[index],
-                    value=values[index],
+                    log_probs=log_probs[index] if calibrated is None else calibrated[index][0],
+                    value=values[index] if calibrated is None else calibrated[index][1],
                     rank=ranks[index],
                     label_mass=None if masses is None else masses[index],
+                    raw_value=None if calibrated is None else values[index],
+                    raw_log_probs=None if calibrated is None else log_probs[index],
                 )
                 for index, candidate in enumerate(request.candidates)
             ),
@@ -335,9 +351,27 @@ class Ranker:
                 separate_tokens=tokens.separate_tokens,
             ),
             distinct_score_ratio=len(set(values)) / len(set(tokens.segment_ids)),
-            warnings=_warnings(prepared, values, masses),
+            warnings=(
+                *_warnings(prepared, values, masses),
+                *self._calibration_warnings(request, tokens.adapter),
+            ),
             adapter=tokens.adapter,
+            calibration=None if calibration is None else calibration.method,
         )
+
+    def find_calibration(self, request: ScoreRequest, adapter: str | None) -> Calibration | None:
+        """Find what calibrates the scores of a request, if anything does.
+
+        A request with an instruction of its own is not like those that the task's was fitted on.
+        """
+        if request.instruction is not None:
+            return None
+        return self.calibrations.get(adapter, {}).get(request.task)
+
+    def _calibration_warnings(self, request: ScoreRequest, adapter: str | None) -> list[str]:
+        if request.instruction is None or request.task not in self.calibrations.get(adapter, {}):
+            return []
+        return ["instruction: is not the task's, for which alone the scores would be calibrated"]
 
     def _finish_all(self, prepared: Sequence[PreparedRequest]) -> Iterator[ScoreResult]:
         raws = self.forward([one.rendered.tokens for one in prepared])
@@ -357,6 +391,17 @@ class Ranker:
             top_logprobs_CN=scores.top_logprobs_CN,
             top_ids_CN=scores.top_ids_CN,
         )
+
+
+def _calibrate(
+    labels_CL: Tensor, task: Task, calibration: Calibration
+) -> list[tuple[dict[str, float], float]]:
+    """Return calibrated log-probabilities by label, and the ranking value, of each candidate."""
+    log_probs_CL, values_C = calibrate_log_probs(labels_CL.double().numpy(), task, calibration)
+    return [
+        (dict(zip(task.label_names, row, strict=True)), value)
+        for row, value in zip(log_probs_CL.tolist(), values_C.tolist(), strict=True)
+    ]
 
 
 def _count_tokens(

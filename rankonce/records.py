@@ -164,6 +164,8 @@ class CandidateScore:
         rank: 1 for the best; equal values keep the request's order.
         label_mass: probability of all labels together in the whole vocabulary, where it was
             asked for. A small mass says that the model wanted to answer something else.
+        raw_value, raw_log_probs: the model's own, where ``value`` and ``log_probs`` are calibrated;
+            the rank always comes from the model's own.
     """
 
     id: str | None
@@ -171,6 +173,8 @@ class CandidateScore:
     value: float
     rank: int
     label_mass: float | None = None
+    raw_value: float | None = None
+    raw_log_probs: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,6 +220,7 @@ class ScoreResult:
         distinct_score_ratio: distinct values over candidates with distinct text; 1.0 is healthy.
         warnings: what the caller should know, in words.
         adapter: the adapter that scored; ``None`` is the backbone alone.
+        calibration: the method, where the scores are calibrated.
     """
 
     id: str | None
@@ -226,6 +231,7 @@ class ScoreResult:
     distinct_score_ratio: float
     warnings: tuple[str, ...] = ()
     adapter: str | None = None
+    calibration: str | None = None
 
     def ranked(self) -> list[CandidateScore]:
         """Return the candidates, best first."""

@@ -13,6 +13,7 @@ import typer
 
 from rankonce import __version__
 from rankonce.cli import bench
+from rankonce.cli.calibrate import calibrate
 from rankonce.cli.crossvalidate import crossvalidate
 from rankonce.cli.datasets import datasets
 from rankonce.cli.demo import demo
@@ -49,6 +50,7 @@ for command in (
     finetune,
     merge,
     evaluate,
+    calibrate,
     suite,
     crossvalidate,
 ):

@@ -219,11 +219,13 @@ def load_ranker(
     chat: bool | None = None,
     adapters: Mapping[str, Path] | None = None,
     adapter: str | None = None,
+    calibrate: bool = True,
 ) -> "Ranker":
     """Load the ranker that the options describe.
 
     Args:
         adapter: scores the requests that name none.
+        calibrate: apply the calibrations beside the model and its adapters.
 
     Raises:
         RankOnceError: the checkpoint or a task file cannot be used.
@@ -248,7 +250,9 @@ def load_ranker(
         keep=tuple(keep or ()),
         trust_remote_code=trust_remote_code,
         tasks=own_tasks,
-        config=RankerConfig(label_mass=label_mass, chat=chat, adapter=adapter, **given),
+        config=RankerConfig(
+            label_mass=label_mass, chat=chat, adapter=adapter, calibrate=calibrate, **given
+        ),
         adapters=adapters,
     )
 

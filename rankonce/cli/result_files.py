@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from rankonce.errors import DataError
-from rankonce.records import ScoreResult
+from rankonce.records import CandidateScore, ScoreResult
 
 # A part of a Parquet file is written when it holds this many candidates: what a kill can lose.
 _CANDIDATES_A_PART = 20_000
@@ -57,6 +57,14 @@ def open_results(path: Path | None, *, resume: bool) -> ResultFile:
     return JsonLinesResults(file, num_results=num_results, last_line=last_line)
 
 
+def _raw_scores(candidate: CandidateScore) -> dict[str, Any]:
+    """The model's own scores, where the others are calibrated."""
+    if candidate.raw_value is None or candidate.raw_log_probs is None:
+        return {}
+    raw = {name: math.exp(log_prob) for name, log_prob in candidate.raw_log_probs.items()}
+    return {"raw_value": candidate.raw_value, "raw_probabilities": raw}
+
+
 def result_record(line: int, result: ScoreResult) -> dict[str, Any]:
     """Write a result as plain data.
 
@@ -68,6 +76,7 @@ def result_record(line: int, result: ScoreResult) -> dict[str, Any]:
         "id": result.id,
         "task": result.task,
         "adapter": result.adapter,
+        **({} if result.calibration is None else {"calibration": result.calibration}),
         "candidates": [
             {
                 "id": candidate.id,
@@ -78,6 +87,7 @@ def result_record(line: int, result: ScoreResult) -> dict[str, Any]:
                     label: math.exp(log_prob) for label, log_prob in candidate.log_probs.items()
                 },
                 **({} if candidate.label_mass is None else {"label_mass": candidate.label_mass}),
+                **_raw_scores(candidate),
             }
             for candidate in result.candidates
         ],
@@ -256,8 +266,11 @@ class ParquetResults:
 
 
 def _row(candidate: Mapping[str, Any]) -> dict[str, Any]:
-    maps = ("log_probs", "probabilities")
-    return {**candidate, **{name: list(candidate[name].items()) for name in maps}}
+    maps = ("log_probs", "probabilities", "raw_probabilities")
+    return {
+        **candidate,
+        **{name: list(candidate[name].items()) for name in maps if name in candidate},
+    }
 
 
 def _schema() -> Any:
@@ -272,6 +285,8 @@ def _schema() -> Any:
             "log_probs": by_label,
             "probabilities": by_label,
             "label_mass": pa.float64(),
+            "raw_value": pa.float64(),
+            "raw_probabilities": by_label,
         }
     )
     dropped = pa.struct({"event": pa.int64(), "reason": pa.string()})
@@ -282,6 +297,7 @@ def _schema() -> Any:
             "id": pa.string(),
             "task": pa.string(),
             "adapter": pa.string(),
+            "calibration": pa.string(),
             "candidates": pa.list_(candidate),
             "history": pa.struct(
                 {

@@ -8,7 +8,7 @@ import numpy as np
 from rankonce.errors import DataError
 from rankonce.evaluation.metrics import auc, ndcg_at_k
 from rankonce.prompts.tasks import Task
-from rankonce.ranker import Ranker
+from rankonce.ranker import Ranker, RankerConfig
 from rankonce.records import ScoreResult, TrainingExample
 
 
@@ -28,7 +28,8 @@ def measure_held_out(
     Raises:
         DataError: no row has a hard label.
     """
-    ranker = Ranker.from_pretrained(model, tasks=tasks)
+    # The weights' own scores: a calibration in the folder is of weights before these.
+    ranker = Ranker.from_pretrained(model, tasks=tasks, config=RankerConfig(calibrate=False))
     results = ranker.score_many([example.request for example in examples])
     by_task: dict[str, list[tuple[TrainingExample, ScoreResult]]] = {}
     for example, result in zip(examples, results, strict=True):

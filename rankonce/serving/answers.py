@@ -3,6 +3,7 @@
 import math
 import time
 import uuid
+from collections.abc import Mapping
 from typing import Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -53,13 +54,20 @@ class RankUsage(BaseModel):
 
 
 class RankedCandidate(BaseModel):
-    """The scores of one candidate; ``index`` is its place in the question."""
+    """The scores of one candidate; ``index`` is its place in the question.
+
+    Attributes:
+        raw_value: the model's own, which ranks; ``value`` where nothing is calibrated.
+        raw_probabilities: the model's own, null where nothing is calibrated.
+    """
 
     index: int
     id: str | None
     rank: int
     value: float
+    raw_value: float
     probabilities: dict[str, float]
+    raw_probabilities: dict[str, float] | None
     log_probs: dict[str, float]
     label_mass: float | None
 
@@ -88,6 +96,7 @@ class RankAnswer(BaseModel):
     model: str
     adapter: str | None
     task: str
+    calibration: str | None
     results: list[RankedCandidate]
     history: HistoryPart
     usage: RankUsage
@@ -103,7 +112,11 @@ def rank_answer(result: ScoreResult, *, model: str, top_n: int | None) -> RankAn
             id=candidate.id,
             rank=candidate.rank,
             value=candidate.value,
-            probabilities={name: math.exp(value) for name, value in candidate.log_probs.items()},
+            raw_value=candidate.value if candidate.raw_value is None else candidate.raw_value,
+            probabilities=_exponents(candidate.log_probs),
+            raw_probabilities=(
+                None if candidate.raw_log_probs is None else _exponents(candidate.raw_log_probs)
+            ),
             log_probs=dict(candidate.log_probs),
             label_mass=candidate.label_mass,
         )
@@ -117,6 +130,7 @@ def rank_answer(result: ScoreResult, *, model: str, top_n: int | None) -> RankAn
         model=model,
         adapter=result.adapter,
         task=result.task,
+        calibration=result.calibration,
         results=results,
         history=HistoryPart(
             policy=history.policy,
@@ -137,6 +151,10 @@ def rank_answer(result: ScoreResult, *, model: str, top_n: int | None) -> RankAn
         distinct_score_ratio=result.distinct_score_ratio,
         warnings=list(result.warnings),
     )
+
+
+def _exponents(log_probs: Mapping[str, float]) -> dict[str, float]:
+    return {name: math.exp(value) for name, value in log_probs.items()}
 
 
 class ScoreAnswer(BaseModel):
@@ -176,10 +194,15 @@ class DocumentPart(BaseModel):
 
 
 class RerankedDocument(BaseModel):
-    """One document; ``index`` is its place in the question."""
+    """One document; ``index`` is its place in the question.
+
+    Attributes:
+        raw_relevance_score: the model's own, where the other is calibrated.
+    """
 
     index: int
     relevance_score: float
+    raw_relevance_score: float | None = None
     document: DocumentPart | None = None
 
 

@@ -132,7 +132,13 @@ def write_rerank(
     return RerankAnswer(
         model=model,
         results=[
-            RerankedDocument(index=i, relevance_score=scores[i], document=parts[i]) for i in places
+            RerankedDocument(
+                index=i,
+                relevance_score=scores[i],
+                raw_relevance_score=_raw(task, result, i),
+                document=parts[i],
+            )
+            for i in places
         ],
         usage=usage,
         warnings=notes,
@@ -155,6 +161,11 @@ def relevance(task: Task, value: float) -> float:
     scaled = (value - lowest) / (highest - lowest) if highest > lowest else 0.0
     # Rounding may leave the interval by an ulp.
     return min(1.0, max(0.0, scaled))
+
+
+def _raw(task: Task, result: ScoreResult, index: int) -> float | None:
+    value = result.candidates[index].raw_value
+    return None if value is None else relevance(task, value)
 
 
 def _fields(document: Document, body: RerankBody, path: str) -> dict[str, str]:
