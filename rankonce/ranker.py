@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from rankonce.calibration import Calibration, calibrate_log_probs, read_calibrations
-from rankonce.errors import NumericsError, RankOnceError, RequestError
+from rankonce.errors import ModelError, NumericsError, RankOnceError, RequestError
 from rankonce.layout import PassPart, TokenizedRequest, plan_passes
 from rankonce.model.adapters import is_adapter, read_adapter
 from rankonce.model.execution import PassRunner
-from rankonce.model.loading import LoadedModel, load_model
+from rankonce.model.loading import LoadedModel, add_adapter, load_model
 from rankonce.model.prefix_cache import KeysValues, PrefixCache
 from rankonce.prompts.encoding import TextEncoder
 from rankonce.prompts.rendering import RenderedRequest, Renderer
@@ -240,6 +240,26 @@ class Ranker:
         if len(learnt) > 1:
             raise RequestError(f"adapter: should be given: {', '.join(learnt)} learnt {task}")
         return learnt[0] if learnt else None
+
+    def load_adapter(self, name: str, folder: str | Path) -> None:
+        """Load one more adapter; nothing else may use the ranker meanwhile.
+
+        Raises:
+            ModelError: there is one of this name, or it does not fit; all is as before.
+        """
+        if name in self.model.adapters.files:
+            raise ModelError(f"adapter: {name!r} is loaded already")
+        calibrations = read_calibrations(folder) if self.config.calibrate else {}
+        add_adapter(self.model, folder, name=name)
+        self.calibrations[name] = calibrations
+        self.runner.forget_recordings()
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter with all that was computed with it; nothing else may run meanwhile."""
+        self.model.adapters.remove(self.model.network, name)
+        self.calibrations.pop(name, None)
+        self.cache.drop(name)
+        self.runner.forget_recordings()
 
     @torch.inference_mode()
     def forward(

@@ -54,16 +54,23 @@ class Acceleration:
         is_complete: every layer runs on our kernels and plain products, adapters' among them,
             without a step whose work depends on numbers (experts, dynamic rotary embeddings) or on
             weights in another library's form.
+        is_fp8: linear layers are quantised.
     """
 
     report: list[str] = field(default_factory=list)
     is_complete: bool = False
+    is_fp8: bool = False
     _undo: list[Callable[[], None]] = field(default_factory=list)
 
     def undo(self) -> None:
         """Give the layers their own forward back; the weights were never changed."""
         while self._undo:
             self._undo.pop()()
+
+    def become(self, other: "Acceleration") -> None:
+        """Speak of what was done to the model since."""
+        self.report, self.is_complete = other.report, other.is_complete
+        self.is_fp8, self._undo = other.is_fp8, other._undo
 
 
 def accelerate_model(
@@ -88,7 +95,7 @@ def accelerate_model(
     """
     kind = network.config.get_text_config().model_type
     name = type(network).__name__
-    acceleration = Acceleration()
+    acceleration = Acceleration(is_fp8=precision == "fp8")
     if kind not in _ARCHITECTURES:
         known = ", ".join(_ARCHITECTURES)
         if precision == "fp8":

@@ -79,10 +79,12 @@ class Adapters:
     Attributes:
         files: by name.
         active: ``None`` is the backbone alone.
+        leaving: those that no task chooses any more, since they are about to be removed.
     """
 
     files: Mapping[str, AdapterFiles] = field(default_factory=dict)
     active: str | None = None
+    leaving: frozenset[str] = frozenset()
     _layers: Sequence[Any] = ()
 
     def use(self, name: str | None) -> None:
@@ -99,7 +101,41 @@ class Adapters:
 
     def of_task(self, task: str) -> list[str]:
         """Return the names of the adapters that learnt a task."""
-        return [name for name, files in self.files.items() if task in files.tasks]
+        return [
+            name
+            for name, files in self.files.items()
+            if task in files.tasks and name not in self.leaving
+        ]
+
+    def add(self, network: Any, files: AdapterFiles) -> None:
+        """Put one more adapter into a network that is not accelerated; no pass may run meanwhile.
+
+        Raises:
+            ModelError: it does not fit; the network is as before.
+        """
+        try:
+            load_adapter(network, files)
+        except ModelError:
+            if files.key in getattr(network, "peft_config", {}):
+                network.delete_adapter(files.key)
+            self._settle(network)
+            raise
+        self.files = {**self.files, files.name: files}
+        self._settle(network)
+
+    def remove(self, network: Any, name: str) -> None:
+        """Take an adapter's weights out of a network; no pass may run meanwhile."""
+        network.delete_adapter(self.files[name].key)
+        self.files = {other: files for other, files in self.files.items() if other != name}
+        self.leaving -= {name}
+        self._settle(network)
+
+    def _settle(self, network: Any) -> None:
+        """Use again what was in use: PEFT chooses for itself whenever its adapters change."""
+        self._layers = adapted_layers(network)
+        wanted = self.active if self.active in self.files else None
+        self.active = ""  # no adapter's name
+        self.use(wanted)
 
 
 def is_adapter(folder: str | Path) -> bool:

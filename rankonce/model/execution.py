@@ -142,6 +142,10 @@ class PassRunner:
         self._capture = capture or capture_cuda
         self._recordings: OrderedDict[_Bucket, _Recording] = OrderedDict()
 
+    def forget_recordings(self) -> None:
+        """Record anew from here on: the network's weights are no longer where they were."""
+        self._recordings.clear()
+
     def run(
         self,
         parts: Sequence[PassPart],

@@ -16,7 +16,13 @@ from rankonce.errors import ModelError, ShapeError
 from rankonce.kernels.segment_attention.tiles import TileKey
 from rankonce.layout import PassPart, TokenizedRequest
 from rankonce.model.acceleration import Acceleration, accelerate_model
-from rankonce.model.adapters import Adapters, add_adapters
+from rankonce.model.adapters import (
+    Adapters,
+    add_adapters,
+    check_base,
+    fingerprint_base,
+    read_adapter,
+)
 from rankonce.model.attention import ATTENTION_NAME, SegmentPass, register_segment_attention
 from rankonce.model.head import Head, head_of
 from rankonce.model.packing import forward_pass, pack_pass
@@ -26,6 +32,10 @@ from rankonce.model.precision import find_precision, loading_options, settle_4bi
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 # The same for 8-bit products: a difference in the last bit moves inputs by a whole step.
 _QUANTIZED_TOLERANCE = 1e-1
+_FP8_TAKES_NONE = (
+    "precision: fp8 takes no adapters, whose inputs would be quantised; merge one into a "
+    "checkpoint (rankonce merge), or choose another precision"
+)
 # What transformers raises for files that are missing, broken or hold values that make no sense.
 _UNUSABLE_FILES = (
     OSError,
@@ -123,10 +133,7 @@ def load_model(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     chosen = find_precision(precision, device)
     if adapters and chosen.fp8:
-        raise ModelError(
-            "precision: fp8 takes no adapters, whose inputs would be quantised; merge one into a "
-            "checkpoint (rankonce merge), or choose another precision"
-        )
+        raise ModelError(_FP8_TAKES_NONE)
     options = loading_options(chosen, device)
     _check_device(device)
     try:
@@ -163,6 +170,25 @@ def load_model(
     return prepare_model(
         network.eval(), tokenizer, name=source, fp8=chosen.fp8, keep=keep, adapters=added
     )
+
+
+def add_adapter(model: LoadedModel, folder: str | Path, *, name: str) -> None:
+    """Put one more adapter over a model that is in use; no pass may run meanwhile.
+
+    Its layers go on our kernels anew, so that recorded passes hold what is no longer there.
+
+    Raises:
+        ModelError: the adapter does not fit or the model takes none; it is as before.
+    """
+    if model.acceleration.is_fp8:
+        raise ModelError(_FP8_TAKES_NONE)
+    files = read_adapter(folder, name=name)
+    check_base(files, model.name, fingerprint_base(model.name))
+    model.acceleration.undo()
+    try:
+        model.adapters.add(model.network, files)
+    finally:
+        model.acceleration.become(accelerate_model(model.network))
 
 
 def prepare_model(

@@ -62,6 +62,11 @@ class PrefixCache:
             self.counts.num_bytes -= _num_bytes(oldest)
             self.counts.evictions += 1
 
+    def drop(self, adapter: str | None) -> None:
+        """Forget every prefix under an adapter, whose weights have changed or gone."""
+        for key in [key for key in self._entries if key[0] == adapter]:
+            self.counts.num_bytes -= _num_bytes(self._entries.pop(key))
+
     def __len__(self) -> int:
         return len(self._entries)
 

@@ -3,7 +3,8 @@
 app       the routes, and the start of the server
 schemas   shapes of the questions, ``fields`` the values in them, ``answers`` shapes of the answers
 failures  every failure as an answer in OpenAI's form
-engine    from question to answer
+models    which engine answers, and adapters that come and go
+engine    from question to answer, for one model
 prompts   prompts that the caller wrote, to token ids; ``packing`` finds what they share
 reranking documents and answers in the words of each rerank client
 logprobs  what the model says of the next token, as OpenAI's clients read it

@@ -3,13 +3,13 @@
 import copy
 import gc
 import socket
-import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from fastapi.responses import PlainTextResponse
 from uvicorn.config import LOGGING_CONFIG
 
 from rankonce import __version__
@@ -26,15 +26,18 @@ from rankonce.serving.answers import (
     RankAnswer,
     ScoreAnswer,
 )
-from rankonce.serving.engine import Engine, ServerConfig
+from rankonce.serving.engine import ServerConfig
 from rankonce.serving.failures import JsonRoute, answer_failures
+from rankonce.serving.models import Models
 from rankonce.serving.schemas import (
     ChatBody,
     CompletionBody,
     GenerativeScoringBody,
+    LoadAdapterBody,
     RankBody,
     RerankBody,
     ScoreBody,
+    UnloadAdapterBody,
 )
 
 _REFUSALS: dict[int | str, dict[str, Any]] = {
@@ -45,10 +48,12 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def create_app(ranker: Ranker, config: ServerConfig | None = None) -> FastAPI:
-    """Build the application around a ranker, which belongs to it from then on."""
+def create_app(
+    ranker: Ranker | Mapping[str, Ranker], config: ServerConfig | None = None
+) -> FastAPI:
+    """Build the application around one ranker or several by name, which belong to it then."""
     config = config or ServerConfig()
-    engine = Engine(ranker, config)
+    engine = Models(ranker, config)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -67,20 +72,11 @@ def create_app(ranker: Ranker, config: ServerConfig | None = None) -> FastAPI:
     answer_failures(app)
     _add_information(app, engine)
     _add_scoring(app, engine)
+    _add_adapters(app, engine)
     return app
 
 
-def _add_information(app: FastAPI, engine: Engine) -> None:
-    cards = {
-        name: ModelCard(
-            id=name,
-            created=int(time.time()),
-            max_model_len=engine.ranker.model.max_prompt_tokens,
-            parent=None if name == engine.model_name else engine.model_name,
-        )
-        for name in (engine.model_name, *engine.adapter_names)
-    }
-
+def _add_information(app: FastAPI, engine: Models) -> None:
     @app.get("/health")
     async def health() -> Health:
         """Say that the server takes questions."""
@@ -88,16 +84,17 @@ def _add_information(app: FastAPI, engine: Engine) -> None:
 
     @app.get("/v1/models")
     async def models() -> ModelList:
-        """List the model and its adapters, in OpenAI's form."""
-        return ModelList(data=list(cards.values()))
+        """List the models and their adapters, in OpenAI's form."""
+        return ModelList(data=list(engine.cards.values()))
 
     @app.get("/v1/models/{name:path}", responses={404: _REFUSALS[404]})
     async def model(name: str) -> ModelCard:
-        """Describe the model or one of its adapters."""
-        return cards[engine.find_adapter(name) or engine.model_name]
+        """Describe a model or an adapter."""
+        engine.find(name)
+        return engine.cards[name]
 
 
-def _add_scoring(app: FastAPI, engine: Engine) -> None:
+def _add_scoring(app: FastAPI, engine: Models) -> None:
     @app.post("/v1/rank", responses=_REFUSALS)
     async def rank(body: RankBody) -> RankAnswer:
         """Score the candidates of one request for a task."""
@@ -131,6 +128,20 @@ def _add_scoring(app: FastAPI, engine: Engine) -> None:
         return await engine.chat(body)
 
 
+def _add_adapters(app: FastAPI, engine: Models) -> None:
+    refusals = {**_REFUSALS, 403: {"model": ErrorAnswer, "description": "Not allowed here."}}
+
+    @app.post("/v1/load_lora_adapter", responses=refusals, response_class=PlainTextResponse)
+    async def load_lora_adapter(body: LoadAdapterBody) -> str:
+        """Load an adapter over a model, in vLLM's form; the server must allow it."""
+        return await engine.load_adapter(body)
+
+    @app.post("/v1/unload_lora_adapter", responses=refusals, response_class=PlainTextResponse)
+    async def unload_lora_adapter(body: UnloadAdapterBody) -> str:
+        """Forget an adapter, in vLLM's form, when the questions that use it are answered."""
+        return await engine.unload_adapter(body)
+
+
 def open_listener(config: ServerConfig) -> socket.socket:
     """Take the port.
 
@@ -151,7 +162,9 @@ def open_listener(config: ServerConfig) -> socket.socket:
     return listener
 
 
-def run_server(ranker: Ranker, config: ServerConfig, listener: socket.socket) -> None:
+def run_server(
+    ranker: Ranker | Mapping[str, Ranker], config: ServerConfig, listener: socket.socket
+) -> None:
     """Serve until the process is told to stop; logs go to stderr."""
     log_config = copy.deepcopy(LOGGING_CONFIG)
     log_config["handlers"]["access"]["stream"] = "ext://sys.stderr"

@@ -70,6 +70,13 @@ class Batcher:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._text_thread, function, *arguments)
 
+    async def run_between_passes(
+        self, function: Callable[..., Answer], *arguments: object
+    ) -> Answer:
+        """Run what changes the model or its caches while no pass runs."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._model_thread, function, *arguments)
+
     async def forward(
         self, requests: Sequence[TokenizedRequest], *, label_mass: bool = False, num_top: int = 0
     ) -> list[RawScores]:

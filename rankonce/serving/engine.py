@@ -54,6 +54,8 @@ class ServerConfig:
         served_model_name: what clients call the model; by default the checkpoint's name.
         max_candidates: candidates, documents, items or prompts of one question.
         max_body_mb: bound of a question's bytes, in MB.
+        allow_adapter_loading: load and unload adapters on a client's word, from any folder that
+            the server can read.
     """
 
     host: str = "127.0.0.1"
@@ -61,6 +63,7 @@ class ServerConfig:
     served_model_name: str | None = None
     max_candidates: int = 10_000
     max_body_mb: int = 32
+    allow_adapter_loading: bool = False
 
 
 class Engine:
@@ -70,7 +73,6 @@ class Engine:
         self.ranker = ranker
         self.config = config
         self.model_name = config.served_model_name or _short_name(ranker.model.name)
-        self.adapter_names = tuple(ranker.model.adapters.files)
         if self.model_name in self.adapter_names:
             raise ModelError(
                 f"adapter: {self.model_name!r} is what the model is served as; choose another name"
@@ -81,6 +83,24 @@ class Engine:
     def running(self) -> AbstractAsyncContextManager[None]:
         """Answer questions inside this context."""
         return self._batcher.running()
+
+    @property
+    def adapter_names(self) -> tuple[str, ...]:
+        """Adapters that questions can name."""
+        adapters = self.ranker.model.adapters
+        return tuple(name for name in adapters.files if name not in adapters.leaving)
+
+    async def load_adapter(self, name: str, folder: str) -> None:
+        """Load one more adapter between two passes.
+
+        Raises:
+            ModelError: it does not fit.
+        """
+        await self._batcher.run_between_passes(self.ranker.load_adapter, name, folder)
+
+    async def unload_adapter(self, name: str) -> None:
+        """Forget an adapter that no question uses, between two passes."""
+        await self._batcher.run_between_passes(self.ranker.unload_adapter, name)
 
     def find_adapter(self, model: str | None) -> str | None:
         """Read what a question calls the model: the one served, or one of its adapters.

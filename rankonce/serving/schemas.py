@@ -45,8 +45,10 @@ from rankonce.serving.fields import (
 TopN: TypeAlias = Annotated[int, Field(ge=1)] | None
 
 
-def _example(**fields: Any) -> ConfigDict:
-    return ConfigDict(extra="forbid", allow_inf_nan=False, json_schema_extra={"examples": [fields]})
+def _example(*more: dict[str, Any], **fields: Any) -> ConfigDict:
+    return ConfigDict(
+        extra="forbid", allow_inf_nan=False, json_schema_extra={"examples": [fields, *more]}
+    )
 
 
 def _some_candidates(candidates: tuple[Item, ...]) -> tuple[Item, ...]:
@@ -109,6 +111,9 @@ _BOUNDS = ("top_n", "top_k")
 _RETURNS = ("return_documents", "return_text", "return_input")
 _INSTRUCTIONS = ("instruction", "instruct")
 
+_QUERY = "how do plants make food"
+_TEXTS = ["Photosynthesis turns light into sugar.", "Heat is a film of 1995."]
+
 RerankForm: TypeAlias = Literal["cohere", "voyage", "mixedbread", "tei", "sglang"]
 
 
@@ -122,8 +127,18 @@ class RerankBody(BaseModel):
     """
 
     model_config = _example(
-        query="how do plants make food",
-        documents=["Photosynthesis turns light into sugar.", "Heat is a film of 1995."],
+        {"query": _QUERY, "documents": _TEXTS, "top_k": 1, "truncation": True},
+        {"query": _QUERY, "input": _TEXTS, "top_k": 1, "return_input": True},
+        {"query": _QUERY, "texts": _TEXTS, "return_text": True},
+        {"query": _QUERY, "documents": _TEXTS, "instruct": "Judge as a teacher of biology."},
+        {
+            "query": _QUERY,
+            "documents": [{"title": "Plants", "body": _TEXTS[0], "id": "7"}],
+            "rank_fields": ["title", "body"],
+            "return_documents": True,
+        },
+        query=_QUERY,
+        documents=_TEXTS,
         top_n=2,
         return_documents=True,
     )
@@ -368,3 +383,31 @@ class ChatBody(WithLabels):
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs: needs logprobs: true")
         return self
+
+
+class LoadAdapterBody(BaseModel):
+    """vLLM's question for one more adapter.
+
+    Attributes:
+        lora_name: what ``model`` calls it from then on.
+        lora_path: a folder on the server, in PEFT's form.
+        load_inplace: replace one of the same name.
+        model: the model that it is over; the first one by default. Ours.
+    """
+
+    model_config = _example(lora_name="films", lora_path="runs/films")
+    lora_name: str
+    lora_path: str
+    load_inplace: bool = False
+    model: str | None = None
+    is_3d_lora_weight: Annotated[
+        bool | None, only(False, why="adapters are in the form that PEFT writes")
+    ] = None
+
+
+class UnloadAdapterBody(BaseModel):
+    """vLLM's question to forget an adapter."""
+
+    model_config = _example(lora_name="films")
+    lora_name: str
+    lora_int_id: Ignored = None

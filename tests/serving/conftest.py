@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -44,7 +44,7 @@ class Served:
 
 
 @contextmanager
-def serving(ranker: Ranker, **options: Any) -> Iterator[httpx.Client]:
+def serving(ranker: Ranker | Mapping[str, Ranker], **options: Any) -> Iterator[httpx.Client]:
     """Serve a ranker with uvicorn in a thread of its own."""
     config = ServerConfig(port=0, **options)
     listener = open_listener(config)

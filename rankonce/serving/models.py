@@ -1,0 +1,262 @@
+"""Several models behind one server: the field ``model`` chooses one, or an adapter over one.
+
+Each model has an engine of its own, with its own queue, passes and caches. Adapters come and go
+while questions run: one that leaves is found by no new question, and its weights go when the last
+question that began before has its answer.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+from rankonce.errors import ModelError
+from rankonce.ranker import Ranker
+from rankonce.serving.answers import (
+    AnyRerankAnswer,
+    ChatAnswer,
+    CompletionAnswer,
+    GenerativeScoringAnswer,
+    ModelCard,
+    RankAnswer,
+    ScoreAnswer,
+)
+from rankonce.serving.engine import Engine, ServerConfig
+from rankonce.serving.failures import ServingError
+from rankonce.serving.schemas import (
+    ChatBody,
+    CompletionBody,
+    GenerativeScoringBody,
+    LoadAdapterBody,
+    RankBody,
+    RerankBody,
+    ScoreBody,
+    UnloadAdapterBody,
+)
+
+Answer = TypeVar("Answer")
+
+
+@dataclass(kw_only=True, eq=False)
+class _Served:
+    """An engine and the questions that it answers now, each an event that is set at its end."""
+
+    engine: Engine
+    under_way: set[asyncio.Event] = field(default_factory=set)
+    created: dict[str, int] = field(default_factory=dict)
+
+    @contextmanager
+    def question(self) -> Iterator[None]:
+        done = asyncio.Event()
+        self.under_way.add(done)
+        try:
+            yield
+        finally:
+            self.under_way.discard(done)
+            done.set()
+
+    async def finish_questions(self) -> None:
+        """Wait for those that have begun; later ones run on meanwhile."""
+        for done in list(self.under_way):
+            await done.wait()
+
+    def note_names(self) -> None:
+        now = int(time.time())
+        names = (self.engine.model_name, *self.engine.adapter_names)
+        self.created = {name: self.created.get(name, now) for name in names}
+
+
+class Models:
+    """Answers every question with the model that it names.
+
+    Args:
+        rankers: one, or several by the names that clients call them; the first answers what names
+            none. They belong to this object from then on.
+        config: of each engine; ``served_model_name`` is for a single one.
+
+    Raises:
+        ModelError: two models or adapters have one name.
+    """
+
+    def __init__(self, rankers: Ranker | Mapping[str, Ranker], config: ServerConfig) -> None:
+        if isinstance(rankers, Ranker):
+            engines = [Engine(rankers, config)]
+        else:
+            engines = [
+                Engine(ranker, replace(config, served_model_name=name))
+                for name, ranker in rankers.items()
+            ]
+        self.config = config
+        self._served = [_Served(engine=engine) for engine in engines]
+        names = [name for one in engines for name in (one.model_name, *one.adapter_names)]
+        for name in names:
+            if names.count(name) > 1:
+                raise ModelError(f"adapter: {name!r} is served twice; choose another name")
+        for one in self._served:
+            one.note_names()
+        # One change at a time, so that each sees what the others left.
+        self._changes = asyncio.Lock()
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Answer questions inside this context."""
+        async with AsyncExitStack() as stack:
+            for one in self._served:
+                await stack.enter_async_context(one.engine.running())
+            yield
+
+    @property
+    def engines(self) -> list[Engine]:
+        """The engines, that of the first model first."""
+        return [one.engine for one in self._served]
+
+    @property
+    def model_name(self) -> str:
+        """The name of what answers questions that name no model."""
+        return self.engines[0].model_name
+
+    @property
+    def names(self) -> list[str]:
+        """What ``model`` can be."""
+        return [name for one in self.engines for name in (one.model_name, *one.adapter_names)]
+
+    @property
+    def cards(self) -> dict[str, ModelCard]:
+        """Describe every model and adapter, by name."""
+        return {
+            name: ModelCard(
+                id=name,
+                created=created,
+                max_model_len=one.engine.ranker.model.max_prompt_tokens,
+                parent=None if name == one.engine.model_name else one.engine.model_name,
+            )
+            for one in self._served
+            for name, created in one.created.items()
+            if name == one.engine.model_name or name in one.engine.adapter_names
+        }
+
+    def find(self, model: str | None) -> Engine:
+        """Find the engine of a model or adapter.
+
+        Raises:
+            ServingError: there is no such model.
+        """
+        return self._find(model).engine
+
+    async def rank(self, body: RankBody, **terms: Any) -> RankAnswer:
+        """Answer in our own form; here and below, terms are as the engine takes them."""
+        served = self._find(body.model)
+        if body.adapter in served.engine.ranker.model.adapters.leaving:
+            raise _not_found("adapter", str(body.adapter), self.names)
+        return await self._ask(body.model, Engine.rank, body, terms)
+
+    async def rerank(self, body: RerankBody, **terms: Any) -> AnyRerankAnswer:
+        """Answer in the form of a rerank client."""
+        return await self._ask(body.model, Engine.rerank, body, terms)
+
+    async def score(self, body: ScoreBody, **terms: Any) -> ScoreAnswer:
+        """Answer in SGLang's form."""
+        return await self._ask(body.model, Engine.score, body, terms)
+
+    async def score_generatively(
+        self, body: GenerativeScoringBody, **terms: Any
+    ) -> GenerativeScoringAnswer:
+        """Answer in vLLM's form."""
+        return await self._ask(body.model, Engine.score_generatively, body, terms)
+
+    async def complete(self, body: CompletionBody, **terms: Any) -> CompletionAnswer:
+        """Answer in the form of OpenAI's completions."""
+        return await self._ask(body.model, Engine.complete, body, terms)
+
+    async def chat(self, body: ChatBody, **terms: Any) -> ChatAnswer:
+        """Answer in the form of OpenAI's chat completions."""
+        return await self._ask(body.model, Engine.chat, body, terms)
+
+    async def load_adapter(self, body: LoadAdapterBody) -> str:
+        """Load an adapter; questions find it when this is done.
+
+        Raises:
+            ServingError: loading is not allowed, the name is taken, or the adapter does not fit.
+        """
+        self._check_allowed()
+        async with self._changes:
+            served = self._find(body.model)
+            if body.lora_name in self.names:
+                if not body.load_inplace or body.lora_name not in served.engine.adapter_names:
+                    raise ServingError(400, f"lora_name: {body.lora_name!r} is served already")
+                await self._unload(served, body.lora_name)
+            try:
+                await served.engine.load_adapter(body.lora_name, body.lora_path)
+            except ModelError as error:
+                reason = str(error).removeprefix("adapter: ")
+                raise ServingError(400, f"lora_path: {reason}") from error
+            finally:
+                served.note_names()
+        return f"Success: LoRA adapter '{body.lora_name}' added successfully."
+
+    async def unload_adapter(self, body: UnloadAdapterBody) -> str:
+        """Forget an adapter when the questions that may use it are answered.
+
+        Raises:
+            ServingError: loading is not allowed, or there is no such adapter.
+        """
+        self._check_allowed()
+        async with self._changes:
+            for served in self._served:
+                if body.lora_name in served.engine.adapter_names:
+                    if body.lora_name == served.engine.ranker.config.adapter:
+                        raise ServingError(
+                            400, "lora_name: is what answers questions that name no adapter"
+                        )
+                    await self._unload(served, body.lora_name)
+                    return f"Success: LoRA adapter '{body.lora_name}' removed successfully."
+        adapters = [name for one in self.engines for name in one.adapter_names]
+        raise _not_found("lora_name", body.lora_name, adapters)
+
+    async def _unload(self, served: _Served, name: str) -> None:
+        adapters = served.engine.ranker.model.adapters
+        adapters.leaving |= {name}
+        try:
+            await served.finish_questions()
+        except asyncio.CancelledError:  # nobody waits for it any more: it stays
+            adapters.leaving -= {name}
+            raise
+        await served.engine.unload_adapter(name)
+        served.note_names()
+
+    def _check_allowed(self) -> None:
+        if not self.config.allow_adapter_loading:
+            raise ServingError(
+                403,
+                "adapters are loaded and unloaded only where the server was started with "
+                "--allow-adapter-loading",
+                code="adapter_loading_not_allowed",
+            )
+
+    async def _ask(
+        self,
+        model: str | None,
+        method: Callable[..., Awaitable[Answer]],
+        body: object,
+        terms: Mapping[str, Any],
+    ) -> Answer:
+        served = self._find(model)
+        with served.question():
+            return await method(served.engine, body, **terms)
+
+    def _find(self, model: str | None) -> _Served:
+        if model is None:
+            return self._served[0]
+        for one in self._served:
+            if model == one.engine.model_name or model in one.engine.adapter_names:
+                return one
+        raise _not_found("model", model, self.names)
+
+
+def _not_found(field: str, name: str, names: list[str]) -> ServingError:
+    served = ", ".join(map(repr, names)) or "none"
+    return ServingError(
+        404, f"{field}: there is no {name!r}, this server has {served}", code="model_not_found"
+    )
