@@ -10,6 +10,7 @@ RankOnceError
 ├── ShapeError              a tensor handed to a kernel with another shape or dtype
 ├── DataError               rows of a dataset or the input of a metric
 ├── TrainingError           a recipe or a run that cannot go on
+├── ServerError             what a server answered to our client instead of scores
 └── MissingDependencyError  a library that belongs to an extra
 
 Every message names the field and what would be right.
@@ -54,6 +55,27 @@ class DataError(RankOnceError):
 
 class TrainingError(RankOnceError):
     """A training run that cannot start or go on."""
+
+
+class ServerError(RankOnceError):
+    """A server that refused a question, failed, or could not be reached.
+
+    Args:
+        status: of the answer; ``None`` where there was none.
+        code: the server's own word for the reason.
+        param: the field at fault.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int | None,
+        code: str | None = None,
+        param: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.code, self.param = status, code, param
 
 
 class MissingDependencyError(RankOnceError):
