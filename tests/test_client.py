@@ -195,9 +195,11 @@ def test_it_gives_up_after_its_retries_or_where_waiting_is_no_use(
     refusals: list[tuple[int, str | None]],
     num_asked: int,
 ) -> None:
-    with busy_before(str(chatty.http.base_url), refusals) as (url, came):
-        with pytest.raises(ServerError, match="busy") as raised:
-            ask(kind, ClientConfig(url=url, max_retries=2))
+    with (
+        busy_before(str(chatty.http.base_url), refusals) as (url, came),
+        pytest.raises(ServerError, match="busy") as raised,
+    ):
+        ask(kind, ClientConfig(url=url, max_retries=2))
     assert raised.value.status == refusals[0][0]
     assert len(came) == num_asked
 

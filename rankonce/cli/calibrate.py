@@ -81,6 +81,7 @@ def calibrate(
     from rich.table import Table
 
     from rankonce.calibration import write_calibrations
+    from rankonce.environment import describe_environment
     from rankonce.evaluation.calibration import calibrate_task, score_labels
 
     examples, groups = _read(data, train, items)
@@ -101,7 +102,14 @@ def calibrate(
     }
     path = write_calibrations(model, fits)
     if as_json:
-        typer.echo(json.dumps({name: fit.model_dump() for name, fit in fits.items()}, indent=2))
+        record = {
+            "method": method.value,
+            "held_out": held_out,
+            "seed": seed,
+            "tasks": {name: fit.model_dump() for name, fit in fits.items()},
+            "environment": describe_environment(),
+        }
+        typer.echo(json.dumps(record, indent=2))
     else:
         table = Table("task", "rows fitted", "rows held out", "", "before", "after")
         for name, fit in fits.items():

@@ -111,11 +111,11 @@ class Adapters:
         """Put one more adapter into a network that is not accelerated; no pass may run meanwhile.
 
         Raises:
-            ModelError: it does not fit; the network is as before.
+            ModelError: it does not fit; whatever is raised, the network is as before.
         """
         try:
             load_adapter(network, files)
-        except ModelError:
+        except Exception:
             if files.key in getattr(network, "peft_config", {}):
                 network.delete_adapter(files.key)
             self._settle(network)

@@ -5,7 +5,7 @@ segment   candidate · answer slot                                    once a can
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rankonce.errors import PromptTooLongError, RequestError
 from rankonce.layout import TokenizedRequest
@@ -81,13 +81,15 @@ class Renderer:
         prefix_ids = self.encoder.encode_prefix(instruction, body)
         room = self.max_prompt_tokens - longest - len(prefix_ids)
         if room < 0:
-            fits = bool(examples) and self._fits_without_examples(task, request, longest)
-            place = [len(ids) for ids in segment_ids].index(longest)
+            fault = f"candidates[{[len(ids) for ids in segment_ids].index(longest)}]"
+            without = ""
+            if examples and self._fits(task, replace(request, examples=()), longest):
+                fault, without = "examples", f"; without the {len(examples)} examples it would fit"
+            elif self._fits(task, replace(request, instruction=None), longest):
+                fault, without = "instruction", "; with that of the task it would fit"
             raise PromptTooLongError(
-                f"{'examples' if fits else f'candidates[{place}]'}: the prompt has "
-                f"{len(prefix_ids) + longest} tokens without any history, the model takes "
-                f"{self.max_prompt_tokens}"
-                + (f"; without the {len(examples)} examples it would fit" if fits else "")
+                f"{fault}: the prompt has {len(prefix_ids) + longest} tokens without any history, "
+                f"the model takes {self.max_prompt_tokens}{without}"
             )
         report = HistoryReport(policy="none", num_events=0, num_kept=0)
         if task.history is not None:
@@ -116,9 +118,10 @@ class Renderer:
             ),
         )
 
-    def _fits_without_examples(self, task: Task, request: ScoreRequest, longest: int) -> bool:
-        instruction = request.instruction or task.instruction
-        ids = self.encoder.encode_prefix(instruction, _body(task, request, [], []))
+    def _fits(self, task: Task, request: ScoreRequest, longest: int) -> bool:
+        """Whether a request fits without any history, with its longest segment."""
+        body = _body(task, request, [], _write_examples(task, request))
+        ids = self.encoder.encode_prefix(request.instruction or task.instruction, body)
         return len(ids) + longest <= self.max_prompt_tokens
 
     def _frame(self, instruction: str, body: str) -> str:

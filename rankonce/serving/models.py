@@ -189,7 +189,7 @@ class Models:
                 await self._unload(served, body.lora_name)
             try:
                 await served.engine.load_adapter(body.lora_name, body.lora_path)
-            except ModelError as error:
+            except (ModelError, OSError) as error:
                 reason = str(error).removeprefix("adapter: ")
                 raise ServingError(400, f"lora_path: {reason}") from error
             finally:

@@ -231,6 +231,9 @@ class ScoreBody(WithLabels):
     apply_softmax: bool = False
     item_first: bool = False
     model: str | None = None
+    return_pooled_hidden_states: Annotated[
+        bool | None, only(False, why="hidden states are not given out")
+    ] = None
 
     @model_validator(mode="after")
     def _check_kinds(self) -> "ScoreBody":

@@ -46,7 +46,7 @@ def test_scores_are_calibrated_from_then_on_and_the_raw_ones_stay(
     assert "calibration" not in raw
     assert all("raw_value" not in one for one in raw["candidates"])
     fitted = run("calibrate", "--model", model, "--data", examples, "--method", method, "--json")
-    measured = json.loads(fitted.out)["movie-like"]["measured"]
+    measured = json.loads(fitted.out)["tasks"]["movie-like"]["measured"]
     assert measured["log_loss_after"] < measured["log_loss_before"]
     assert measured["num_fitted"] + measured["num_held_out"] == 440
     (calibrated,) = run("score", requests, "--model", model).records

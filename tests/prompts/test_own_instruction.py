@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from rankonce.cli.explain_prompt import explain
-from rankonce.errors import RequestError
+from rankonce.errors import PromptTooLongError, RequestError
 from rankonce.prompts.encoding import TextEncoder
 from rankonce.prompts.rendering import RenderedRequest, Renderer
 from rankonce.prompts.tasks import library_tasks
@@ -72,3 +72,12 @@ def test_explanations_show_it(ranker: Ranker) -> None:
         replace(build_request(1), instruction=OWN),
     )
     assert {"text": OWN, "frame": False} in explanation["prefix"]["pieces"]
+
+
+def test_one_that_is_too_long_is_named() -> None:
+    encoder = TextEncoder(build_tokenizer(), chat=False)
+    renderer = Renderer(encoder, max_prompt_tokens=400)
+    request = replace(build_request(1), history=())
+    task = library_tasks()[request.task]
+    with pytest.raises(PromptTooLongError, match=r"instruction: .* with that of the task it would"):
+        renderer.render(task, replace(request, instruction=OWN * 40))

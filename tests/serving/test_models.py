@@ -211,6 +211,7 @@ def test_an_adapter_that_does_not_fit_changes_nothing(
         assert error_of(load(http, "foreign", foreign), 400)["param"] == "lora_path"
         assert values(rank(http)) == expected(whole, "")
     assert "adapter_config.json" in error_of(load(http, "x", tmp_path), 400)["message"]
+    assert error_of(load(http, "x", Path("a" * 5000)), 400)["param"] == "lora_path"
     assert "letters, digits" in error_of(load(http, "a/b", folders["films"]), 400)["message"]
     assert error_of(load(http, "tiny", folders["films"]), 400)["param"] == "lora_name"
     assert error_of(load(http, "x", folders["films"], model="nope"), 404)["param"] == "model"
