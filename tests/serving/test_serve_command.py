@@ -26,9 +26,22 @@ def test_serve_answers_until_it_is_told_to_stop(tmp_path: Path) -> None:
     folder = tmp_path / "tiny-ranker"
     build_network("llama").save_pretrained(folder)
     build_tokenizer().save_pretrained(folder)
-    arguments = ["--model", str(folder), "--port", "0", "--max-tokens-per-pass", "4096"]
+    arguments = ["--model", str(folder), "--max-tokens-per-pass", "4096"]
+    _serve_and_stop(arguments, ["tiny-ranker"])
+
+
+def test_serve_takes_several_models_by_their_names(tmp_path: Path) -> None:
+    arguments = ["--allow-adapter-loading"]
+    for name, architecture in (("small", "llama"), ("other", "qwen3")):
+        build_network(architecture).save_pretrained(tmp_path / name)
+        build_tokenizer().save_pretrained(tmp_path / name)
+        arguments += ["--model", f"{name}={tmp_path / name}"]
+    _serve_and_stop(arguments, ["small", "other"])
+
+
+def _serve_and_stop(arguments: list[str], models: list[str]) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-c", COMMAND, *arguments],
+        [sys.executable, "-c", COMMAND, "--port", "0", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -39,9 +52,11 @@ def test_serve_answers_until_it_is_told_to_stop(tmp_path: Path) -> None:
             lines = iter(process.stderr.readline, "")
             address = next(found[0] for found in map(ADDRESS.search, lines) if found)
             with httpx.Client(base_url=address, timeout=60) as http:
-                assert http.get("/health").json()["model"] == "tiny-ranker"
-                question = {"prompt": "M", "max_tokens": 1}
-                assert http.post("/v1/completions", json=question).status_code == 200
+                assert http.get("/health").json()["model"] == models[0]
+                for model in models:
+                    question = {"prompt": "M", "max_tokens": 1, "model": model}
+                    answer = http.post("/v1/completions", json=question)
+                    assert (answer.status_code, answer.json()["model"]) == (200, model)
             process.send_signal(signal.SIGINT)
             out, log = process.communicate(timeout=30)
         finally:
