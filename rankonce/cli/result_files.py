@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from rankonce.errors import DataError
-from rankonce.records import CandidateScore, ScoreResult
+from rankonce.records import ScoreResult
 
 # A part of a Parquet file is written when it holds this many candidates: what a kill can lose.
 _CANDIDATES_A_PART = 20_000
@@ -57,12 +57,8 @@ def open_results(path: Path | None, *, resume: bool) -> ResultFile:
     return JsonLinesResults(file, num_results=num_results, last_line=last_line)
 
 
-def _raw_scores(candidate: CandidateScore) -> dict[str, Any]:
-    """The model's own scores, where the others are calibrated."""
-    if candidate.raw_value is None or candidate.raw_log_probs is None:
-        return {}
-    raw = {name: math.exp(log_prob) for name, log_prob in candidate.raw_log_probs.items()}
-    return {"raw_value": candidate.raw_value, "raw_probabilities": raw}
+def _probabilities(log_probs: Mapping[str, float]) -> dict[str, float]:
+    return {label: math.exp(log_prob) for label, log_prob in log_probs.items()}
 
 
 def result_record(line: int, result: ScoreResult) -> dict[str, Any]:
@@ -76,18 +72,23 @@ def result_record(line: int, result: ScoreResult) -> dict[str, Any]:
         "id": result.id,
         "task": result.task,
         "adapter": result.adapter,
-        **({} if result.calibration is None else {"calibration": result.calibration}),
+        "calibration": result.calibration,
         "candidates": [
             {
                 "id": candidate.id,
                 "rank": candidate.rank,
                 "value": candidate.value,
+                "raw_value": (
+                    candidate.value if candidate.raw_value is None else candidate.raw_value
+                ),
                 "log_probs": dict(candidate.log_probs),
-                "probabilities": {
-                    label: math.exp(log_prob) for label, log_prob in candidate.log_probs.items()
-                },
+                "probabilities": _probabilities(candidate.log_probs),
+                "raw_probabilities": (
+                    None
+                    if candidate.raw_log_probs is None
+                    else _probabilities(candidate.raw_log_probs)
+                ),
                 **({} if candidate.label_mass is None else {"label_mass": candidate.label_mass}),
-                **_raw_scores(candidate),
             }
             for candidate in result.candidates
         ],
@@ -269,7 +270,7 @@ def _row(candidate: Mapping[str, Any]) -> dict[str, Any]:
     maps = ("log_probs", "probabilities", "raw_probabilities")
     return {
         **candidate,
-        **{name: list(candidate[name].items()) for name in maps if name in candidate},
+        **{name: list(candidate[name].items()) for name in maps if candidate[name] is not None},
     }
 
 

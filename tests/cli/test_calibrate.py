@@ -43,8 +43,9 @@ def test_scores_are_calibrated_from_then_on_and_the_raw_ones_stay(
     requests = write_lines(tmp_path / "requests.jsonl", [asdict(build_request(7, seed=99))])
     (model / "calibration.json").unlink(missing_ok=True)
     (raw,) = run("score", requests, "--model", model).records
-    assert "calibration" not in raw
-    assert all("raw_value" not in one for one in raw["candidates"])
+    assert raw["calibration"] is None
+    for one in raw["candidates"]:
+        assert (one["raw_value"], one["raw_probabilities"]) == (one["value"], None)
     fitted = run("calibrate", "--model", model, "--data", examples, "--method", method, "--json")
     measured = json.loads(fitted.out)["tasks"]["movie-like"]["measured"]
     assert measured["log_loss_after"] < measured["log_loss_before"]
