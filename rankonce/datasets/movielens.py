@@ -57,7 +57,7 @@ class MovieRows:
         films: title and genres of every film by its id.
         numbers: one number a row by the name of its field; nan where nothing is known.
         moments: when a member rated a film.
-        taught: a share of likes for every row that labels are softened towards; no prompt says it.
+        taught: P(liked) of every row, which takes the place of the labels; no prompt says it.
     """
 
     rows: pl.DataFrame
@@ -203,7 +203,6 @@ def movie_examples(
     candidates_per_example: int,
     seed: int | None = None,
     shared_history: bool = True,
-    smoothing: float = 0.0,
 ) -> Iterator[TrainingExample]:
     """Group rows of a member, in the order of time, into examples.
 
@@ -214,8 +213,6 @@ def movie_examples(
         shared_history: all rows of an example get the profile and history of its first one, as of
             then, while each film is described as of its own row. Else
             only rows with the very same history and statistics of the member share an example.
-        smoothing: this part of a label is the share that ``movies.taught`` has for the row, so
-            that it becomes soft; the whole label where the row's own is null.
     """
     random = None if seed is None else np.random.default_rng(seed)
     by_member: dict[int, list[int]] = defaultdict(list)
@@ -225,7 +222,7 @@ def movie_examples(
         by_member[users[index]].append(index)
     for indices in by_member.values():
         for group in _groups(movies, indices, candidates_per_example, shared_history, random):
-            yield _example(movies, group, random, smoothing)
+            yield _example(movies, group, random)
 
 
 def _groups(
@@ -258,7 +255,6 @@ def _example(
     movies: MovieRows,
     indices: list[int],
     random: np.random.Generator | None,
-    smoothing: float,
 ) -> TrainingExample:
     first = indices[0]
     time = int(movies.rows["timestamp"][first])
@@ -279,7 +275,7 @@ def _example(
                 for index in indices
             ),
         ),
-        labels=tuple(_label(movies, index, smoothing) for index in indices),
+        labels=tuple(_label(movies, index) for index in indices),
     )
 
 
@@ -308,13 +304,12 @@ def _numbers_of(movies: MovieRows, names: Sequence[str], index: int) -> dict[str
     return found
 
 
-def _label(movies: MovieRows, index: int, smoothing: float) -> str | dict[str, float] | None:
+def _label(movies: MovieRows, index: int) -> str | dict[str, float] | None:
+    if movies.taught is not None:
+        share = float(movies.taught[index])
+        return {"Yes": share, "No": 1 - share}
     liked = movies.rows["label"][index] if "label" in movies.rows.columns else None
-    if movies.taught is None or (not smoothing and liked is not None):
-        return None if liked is None else "Yes" if liked else "No"
-    part = 1.0 if liked is None else smoothing
-    share = (1 - part) * (liked or 0) + part * float(movies.taught[index])
-    return {"Yes": share, "No": 1 - share}
+    return None if liked is None else "Yes" if liked else "No"
 
 
 def _genres(fields: Mapping[str, Value]) -> list[str]:

@@ -34,10 +34,8 @@ _REMINDERS = 2
 # Members of an epoch of whom nothing is said but the history: a third of the rows that are served
 # later are of members who have no rating among the train rows.
 _NEWCOMERS = 0.2
-# Films that a member has not rated, for each that was.
-_UNRATED_PER_ROW = 1
-# Part of a label that is the teacher's.
-_SMOOTHING = 0.8
+# Films that a member has not rated, for each that the member has.
+_UNRATED_PER_ROW = 2
 _CANDIDATES = 24
 # When MovieLens-1M was rated; its members may be in other sets of MovieLens too.
 _ML1M_SINCE, _ML1M_UNTIL = 954_547_200, 1_049_155_200
@@ -90,7 +88,6 @@ def load_ml1m(
             movie_rows(rows, items, train=train_rows, taught=teach(rows)),
             candidates_per_example=_CANDIDATES,
             seed=seed,
-            smoothing=_SMOOTHING,
         )
         if catalogue is not None:
             # What was learnt by heart is forgotten if it is not asked again.

@@ -106,11 +106,7 @@ def ml1m() -> Recipe:
                 name="finetune",
                 load=load_ml1m,
                 config=TrainConfig(
-                    epochs=3,
-                    targets_per_step=64,
-                    learning_rate=1e-3,
-                    dropout=0.1,
-                    averaging=0.99,
+                    epochs=3, targets_per_step=64, learning_rate=2e-3, averaging=0.99
                 ),
             ),
         ),

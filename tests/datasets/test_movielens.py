@@ -163,22 +163,18 @@ def test_requests_of_rows_without_labels_have_unknown_labels() -> None:
     assert set(example.labels) == {None}
 
 
-def test_a_taught_share_softens_labels_and_stands_in_where_there_is_none() -> None:
+def test_a_taught_share_takes_the_place_of_labels() -> None:
     rows = ROWS.with_columns(label=pl.Series([1, 0, None, 1, None], dtype=pl.Int64))
     taught = np.array([0.5, 0.5, 0.25, 0.75, 0.125])
     movies = movie_rows(rows, ITEMS, train=ROWS, taught=taught)
-    examples = list(movie_examples(movies, candidates_per_example=10, smoothing=0.8))
     shares = {
-        candidate.id: label["Yes"]
-        for example in examples
+        candidate.id: label
+        for example in movie_examples(movies, candidates_per_example=10)
         for candidate, label in zip(example.request.candidates, example.labels, strict=True)
-        if isinstance(label, dict)
     }
-    expected = {"0": 0.6, "1": 0.4, "2": 0.25, "3": 0.8, "4": 0.125}
-    assert shares == pytest.approx(expected)
-    hard = [label for example in movie_examples(movies, candidates_per_example=10)
-            for label in example.labels if isinstance(label, str)]  # fmt: skip
-    assert hard == ["Yes", "No", "Yes"]
+    assert shares == {
+        str(row): {"Yes": share, "No": 1 - share} for row, share in enumerate(taught.tolist())
+    }
     untaught = movie_rows(rows, ITEMS, train=ROWS)
     labels = [one for e in movie_examples(untaught, candidates_per_example=10) for one in e.labels]
     assert labels == ["Yes", "No", None, "Yes", None]
