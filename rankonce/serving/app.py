@@ -66,6 +66,7 @@ def create_app(ranker: Ranker, config: ServerConfig | None = None) -> FastAPI:
     )
     app.router.route_class = JsonRoute
     app.state.max_body_bytes = config.max_body_mb * 1_000_000
+    app.state.engine = engine
     answer_failures(app)
     _add_information(app, engine)
     _add_scoring(app, engine)

@@ -161,9 +161,12 @@ class Batcher:
             self._came.set()
 
     async def run_text(
-        self, stage: Stage, function: Callable[..., Answer], *arguments: object
+        self,
+        function: Callable[..., Answer],
+        *arguments: object,
+        stage: Stage = Stage.TOKENISE,
     ) -> Answer:
-        """Run what reads or writes text beside the event loop."""
+        """Run what reads or writes text beside the event loop, as part of a stage."""
         loop, began = asyncio.get_running_loop(), perf_counter()
         answer = await loop.run_in_executor(self._text_threads, function, *arguments)
         self.observations.on_stage(stage, perf_counter() - began)

@@ -195,7 +195,7 @@ class Engine:
         request = self._with_adapter(body, body.model)
         with self._admit(body, cache_salt) as terms:
             prepare = partial(self.ranker.prepare, cache_salt=cache_salt, needs_candidates=False)
-            prepared = await self._batcher.run_text(Stage.TOKENISE, prepare, request)
+            prepared = await self._batcher.run_text(prepare, request)
             tokens = prepared.rendered.tokens
             alone = _prefix_alone(tokens.prefix_ids, tokens.adapter, cache_salt)
             (raw,) = await self._batcher.forward([alone], terms=terms)
@@ -283,7 +283,9 @@ class Engine:
             tokens, usage = await self._read(
                 body.prompt, "prompt", body, terms, adapter=adapter, num_top=num_top
             )
-            choices = await self._batcher.run_text(Stage.ANSWER, self._write_choices, tokens, body)
+            choices = await self._batcher.run_text(
+                self._write_choices, tokens, body, stage=Stage.ANSWER
+            )
         return CompletionAnswer(
             model=self._name_of(adapter),
             choices=choices,
@@ -297,7 +299,7 @@ class Engine:
         encode = self.ranker.renderer.encoder.encode_chat
         num_top = body.top_logprobs or 0
         with self._admit(body, cache_salt) as terms:
-            prompt = await self._batcher.run_text(Stage.TOKENISE, encode, turns)
+            prompt = await self._batcher.run_text(encode, turns)
             (token,), usage = await self._read(
                 [prompt], "messages", body, terms, adapter=adapter, num_top=max(1, num_top)
             )
@@ -364,9 +366,9 @@ class Engine:
 
     async def _score_request(self, request: ScoreRequest, terms: Terms) -> ScoreResult:
         prepare = partial(self.ranker.prepare, cache_salt=terms.cache_salt)
-        prepared: PreparedRequest = await self._batcher.run_text(Stage.TOKENISE, prepare, request)
+        prepared: PreparedRequest = await self._batcher.run_text(prepare, request)
         (raw,) = await self._forward([prepared.rendered.tokens], terms, label_mass=True)
-        return await self._batcher.run_text(Stage.ANSWER, self.ranker.finish, prepared, raw)
+        return await self._batcher.run_text(self.ranker.finish, prepared, raw, stage=Stage.ANSWER)
 
     async def _forward(
         self,
@@ -420,11 +422,13 @@ class Engine:
     ) -> tuple[list[NextToken], Usage]:
         """Read the next token of every prompt, in their order."""
         label_ids, packed = await self._batcher.run_text(
-            Stage.TOKENISE, self._pack, prompts, field, question, adapter
+            self._pack, prompts, field, question, adapter
         )
         requests = [replace(one, cache_salt=terms.cache_salt) for one in packed.requests]
         raws = await self._forward(requests, terms, label_mass=whole, num_top=num_top)
-        tokens = await self._batcher.run_text(Stage.ANSWER, _unpack, packed, raws, label_ids, whole)
+        tokens = await self._batcher.run_text(
+            _unpack, packed, raws, label_ids, whole, stage=Stage.ANSWER
+        )
         computed_tokens = sum(raw.computed_tokens for raw in raws)
         usage = Usage(
             prompt_tokens=packed.num_tokens,

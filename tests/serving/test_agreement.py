@@ -149,7 +149,10 @@ def test_more_candidates_than_a_pass_holds_equal_python(plain: Served) -> None:
     in_python = plain.ranker.score(question)
     values = [result["value"] for result in answer["results"]]
     assert values == pytest.approx([c.value for c in in_python.candidates], abs=2 * TOLERANCE)
-    assert answer["distinct_score_ratio"] == in_python.distinct_score_ratio
+    # Passes are cut elsewhere, and of 700 rounded values two may fall together by chance.
+    assert answer["distinct_score_ratio"] == pytest.approx(
+        in_python.distinct_score_ratio, abs=2 / 700
+    )
     assert answer["usage"]["separate_tokens"] == in_python.usage.separate_tokens
 
 

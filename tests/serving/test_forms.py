@@ -55,7 +55,7 @@ def test_every_example_of_the_interface_is_answered(chatty: Served) -> None:
             response = chatty.http.post(path, json=example)
             assert response.status_code == 200, response.text
             num_examples += 1
-    assert num_examples == 7
+    assert num_examples == 8
 
 
 def test_every_command_of_the_page_is_answered(chatty: Served) -> None:
