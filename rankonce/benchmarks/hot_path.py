@@ -12,8 +12,9 @@ import statistics
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from multiprocessing import get_context
 from typing import Any
@@ -21,7 +22,7 @@ from typing import Any
 from rankonce.environment import describe_environment
 from rankonce.prompts.encoding import TextEncoder
 from rankonce.prompts.rendering import Renderer
-from rankonce.prompts.tasks import find_task
+from rankonce.prompts.tasks import find_task, library_tasks
 from rankonce.prompts.token_cache import TokenCache
 from rankonce.ranker import EMBEDDED_MODEL
 from rankonce.records import Event, Item, ScoreRequest
@@ -113,10 +114,11 @@ class _Tokeniser:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         cache = TokenCache(100_000_000 if cached else 0)
         self._renderer = Renderer(TextEncoder(tokenizer, cache=cache), max_prompt_tokens=100_000)
-        self._task = find_task(_TASK)
-        if self._task.history is not None:
-            history = replace(self._task.history, max_tokens=100_000)
-            self._task = replace(self._task, history=history)
+        self._task = find_task(_TASK, library_tasks())
+        history = self._task.history
+        assert history is not None, "the task reads a history"
+        long = history.model_copy(update={"max_tokens": 100_000})
+        self._task = self._task.model_copy(update={"history": long})
 
     def tokenise(self, request: ScoreRequest) -> Any:
         return self._renderer.render(self._task, request)
@@ -229,12 +231,10 @@ def _readers(request: ScoreRequest) -> dict[str, Callable[[], Any]]:
         "pydantic_core": lambda: check(from_json(body, allow_inf_nan=False)),
     }
     if find_spec("orjson"):
-        import orjson
-
+        orjson = import_module("orjson")
         readers["orjson"] = lambda: check(orjson.loads(body))
     if find_spec("msgspec"):
-        import msgspec
-
+        msgspec = import_module("msgspec")
         readers["msgspec"] = lambda: check(msgspec.json.decode(body))
     readers["checking alone"] = partial(check, json.loads(body))
     return readers
@@ -266,12 +266,10 @@ def _writers(num_candidates: int) -> dict[str, Callable[[], Any]]:
         "pydantic_core": lambda: adapter.dump_json(rows),
     }
     if find_spec("orjson"):
-        import orjson
-
+        orjson = import_module("orjson")
         writers["orjson"] = lambda: orjson.dumps(adapter.dump_python(rows, mode="json"))
     if find_spec("msgspec"):
-        import msgspec
-
+        msgspec = import_module("msgspec")
         writers["msgspec"] = lambda: msgspec.json.encode(adapter.dump_python(rows, mode="json"))
     return writers
 
