@@ -300,7 +300,7 @@ def hot_path(
     output: Annotated[Path, typer.Option(dir_okay=False, help="The record to write.")] = Path(
         "results/hot-path.json"
     ),
-    requests: Annotated[int, typer.Option(min=2, help="Requests of each arm.")] = 48,
+    requests: Annotated[int, typer.Option(min=2, help="Requests of each arm.")] = 24,
 ) -> None:
     """Time what a server does beside the model: tokenisation, JSON in and out."""
     import json
@@ -317,4 +317,6 @@ def hot_path(
         )
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(record, indent=1) + "\n")
-    typer.echo(json.dumps({k: record[k] for k in ("tokenising", "reading", "writing")}, indent=1))
+    typer.echo(
+        json.dumps({k: record[k] for k in ("tokenising", "reading_ms", "writing_ms")}, indent=1)
+    )
