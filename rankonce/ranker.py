@@ -174,7 +174,12 @@ class Ranker:
         yield from self._finish_all(waiting)
 
     def prepare(
-        self, request: ScoreRequest, *, cache_salt: str | None = None, needs_candidates: bool = True
+        self,
+        request: ScoreRequest,
+        *,
+        cache_salt: str | None = None,
+        needs_candidates: bool = True,
+        is_checked: bool = False,
     ) -> PreparedRequest:
         """Render a request and find its labels' tokens.
 
@@ -182,11 +187,13 @@ class Ranker:
             cache_salt: requests of different salts share nothing that is kept.
             needs_candidates: refuse a request without candidates, of which only the prefix can be
                 computed.
+            is_checked: every field has been checked already, as ``read_request`` does it.
 
         Raises:
             RankOnceError: names the field of the request that cannot be used.
         """
-        request = read_request(request, needs_candidates=needs_candidates)
+        if not is_checked:
+            request = read_request(request, needs_candidates=needs_candidates)
         task = find_task(request.task, self.tasks)
         adapter = self.choose_adapter(request.adapter, task=task.name)
         rendered = self.renderer.render(task, request, cache_salt=cache_salt)

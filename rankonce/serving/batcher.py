@@ -297,7 +297,8 @@ class Batcher:
         for waiting in self._waiting:
             question = waiting.question
             deadline = question.deadline
-            if deadline is not None and now + question.left_tokens / speed > deadline:
+            # Its prefix may be known by the time of its turn.
+            if deadline is not None and now + question.candidate_tokens / speed > deadline:
                 self._refuse_late(waiting)
 
     def _run(self, questions: Sequence[Question]) -> _Outcome:

@@ -365,7 +365,9 @@ class Engine:
         return replace(body, **said, adapter=adapter)
 
     async def _score_request(self, request: ScoreRequest, terms: Terms) -> ScoreResult:
-        prepare = partial(self.ranker.prepare, cache_salt=terms.cache_salt)
+        # A body was checked when it came; that takes as long again as all else before rendering.
+        is_checked = isinstance(request, RankBody)
+        prepare = partial(self.ranker.prepare, cache_salt=terms.cache_salt, is_checked=is_checked)
         prepared: PreparedRequest = await self._batcher.run_text(prepare, request)
         (raw,) = await self._forward([prepared.rendered.tokens], terms, label_mass=True)
         return await self._batcher.run_text(self.ranker.finish, prepared, raw, stage=Stage.ANSWER)

@@ -20,7 +20,7 @@ from pydantic import (
     with_config,
 )
 
-from rankonce.records import Item, ScoreRequest
+from rankonce.records import Item, ScoreRequest, Text
 from rankonce.serving.fields import (
     NOT_ONE_TOKEN,
     Content,
@@ -91,7 +91,7 @@ class RankBody(ScoreRequest):
         timeout_ms: after which nobody wants the answer.
     """
 
-    task: str = ""
+    task: Text = ""
     candidates: Annotated[tuple[Item, ...], AfterValidator(_some_candidates)]
     model: str | None = None
     top_n: TopN = None

@@ -39,6 +39,7 @@ class Question:
         since: the moment of its last turn, or of its arrival.
         started: the moment of its first turn.
         num_tokens: that have had no turn yet, as if the cache were empty.
+        candidate_tokens: of those, the candidates' own, which no cache spares.
         opened: the requests that had a turn.
     """
 
@@ -51,6 +52,7 @@ class Question:
     since: float = field(init=False)
     started: float | None = None
     num_tokens: int = field(init=False)
+    candidate_tokens: int = field(init=False)
     opened: list[OpenRequest] = field(default_factory=list)
     # The candidate that is next, and what the cache knows of the prefix before it.
     _candidate: int = 0
@@ -59,10 +61,9 @@ class Question:
 
     def __post_init__(self) -> None:
         self.since = self.arrived
-        self.num_tokens = sum(
-            len(request.prefix_ids) + sum(map(len, request.segment_ids))
-            for request in self.requests
-        )
+        self.candidate_tokens = sum(sum(map(len, request.segment_ids)) for request in self.requests)
+        prefix_tokens = sum(len(request.prefix_ids) for request in self.requests)
+        self.num_tokens = prefix_tokens + self.candidate_tokens
 
     @property
     def adapter(self) -> str | None:
@@ -130,6 +131,7 @@ class Question:
             turns.append((self.opened[-1], last))
             spent += prefix + ends[last] - ends[first]
             self.num_tokens -= ends[last] - ends[first]
+            self.candidate_tokens -= ends[last] - ends[first]
             self._known = None
             if last < len(request.segment_ids):
                 self._candidate = last

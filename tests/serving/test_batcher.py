@@ -223,6 +223,22 @@ def test_a_deadline_that_cannot_be_met_is_refused_before_anything_is_computed(
     assert sum(one.num_candidates for one in passes) == 2
 
 
+def test_a_deadline_is_judged_by_what_no_cache_can_spare(ranker: Ranker) -> None:
+    cached = Ranker(ranker.model, config=RankerConfig(max_tokens_per_pass=2000))
+    request = tokens_of(cached, 1)
+
+    async def ask(batcher: Batcher) -> Any:
+        await batcher.forward([request])
+        # The whole prompt would take twice its time, the candidate alone a tenth.
+        batcher._speeds.append(request.separate_tokens / 20)
+        batcher._speeds.popleft()
+        deadline = asyncio.get_running_loop().time() + 10
+        return await batcher.forward([request], terms=Terms(deadline=deadline))
+
+    (raw,), _, _ = run(cached, ask)
+    assert_same(raw, ranker.forward([request])[0])
+
+
 def test_the_urgent_come_first(ranker: Ranker) -> None:
     requests = [tokens_of(ranker, 40, seed=seed) for seed in range(4)]
     order: list[int] = []
