@@ -293,3 +293,30 @@ def report(
     from rankonce.benchmarks.report import write_report
 
     typer.echo(write_report(files, page=page, plots=plots))
+
+
+@app.command("hot-path")
+def hot_path(
+    output: Annotated[Path, typer.Option(dir_okay=False, help="The record to write.")] = Path(
+        "results/hot-path.json"
+    ),
+    requests: Annotated[int, typer.Option(min=2, help="Requests of each arm.")] = 24,
+) -> None:
+    """Time what a server does beside the model: tokenisation, JSON in and out."""
+    import json
+
+    from rich.console import Console
+
+    from rankonce.benchmarks.hot_path import HotPathOptions, measure_hot_path
+
+    quiet_transformers()
+    with Console(stderr=True).status("measuring") as status:
+        record = measure_hot_path(
+            HotPathOptions(num_requests=requests),
+            on_arm=lambda name: status.update(f"measuring: {name}"),
+        )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(record, indent=1) + "\n")
+    typer.echo(
+        json.dumps({k: record[k] for k in ("tokenising", "reading_ms", "writing_ms")}, indent=1)
+    )

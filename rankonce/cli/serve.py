@@ -45,6 +45,24 @@ def serve(
     trust_remote_code: TrustRemoteCodeOption = False,
     chat: ChatOption = None,
     adapter: AdapterOption = None,
+    max_wait_ms: Annotated[
+        float,
+        typer.Option(min=0, help="How long a pass waits for questions that are being read."),
+    ] = 5.0,
+    max_questions: Annotated[
+        int, typer.Option(min=1, help="Questions under way; more are refused with 429.")
+    ] = 1024,
+    text_threads: Annotated[
+        int, typer.Option(min=1, help="Threads that tokenise and write answers.")
+    ] = 2,
+    result_cache_pairs: Annotated[
+        int,
+        typer.Option(min=0, help="Keep the scores of so many pairs of prefix and candidate."),
+    ] = 0,
+    pin_task: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TASK", help="Read its instruction at the start; may be repeated."),
+    ] = None,
 ) -> None:
     """Serve scores over HTTP, to clients of OpenAI, SGLang, Cohere and Jina too.
 
@@ -56,11 +74,21 @@ def serve(
     except ImportError as error:
         raise MissingDependencyError(error.name or "fastapi", extra="serve") from error
     from rankonce.serving.app import open_listener, run_server
+    from rankonce.serving.batcher import BatcherConfig
     from rankonce.serving.engine import ServerConfig
 
     # A server's log says how the model runs; uvicorn's has the same level.
     logging.getLogger("rankonce").setLevel(logging.INFO)
-    config = ServerConfig(host=host, port=port, served_model_name=served_model_name)
+    config = ServerConfig(
+        host=host,
+        port=port,
+        served_model_name=served_model_name,
+        batching=BatcherConfig(
+            max_wait_ms=max_wait_ms, max_questions=max_questions, num_text_threads=text_threads
+        ),
+        result_cache_pairs=result_cache_pairs,
+        pinned_tasks=tuple(pin_task or ()),
+    )
     # A taken port should be known before the weights are read.
     listener = open_listener(config)
     ranker = load_ranker(

@@ -6,5 +6,7 @@ failures  every failure as an answer in OpenAI's form
 engine    from question to answer
 prompts   prompts that the caller wrote, to token ids; ``packing`` finds what they share
 logprobs  what the model says of the next token, as OpenAI's clients read it
-batcher   the one thread that runs the model
+batcher   the one thread that runs the model, and who waits for it; ``turns`` fills a pass
+prefixes  prefixes prepared before their candidates; ``results`` scores that are kept
+observations  what the engine counts, and callbacks for whoever exports it
 """

@@ -21,19 +21,29 @@ from rankonce.serving.answers import (
     Health,
     ModelCard,
     ModelList,
+    PrefixAnswer,
     RankAnswer,
     RerankAnswer,
     ScoreAnswer,
 )
 from rankonce.serving.engine import Engine, ServerConfig
 from rankonce.serving.failures import JsonRoute, answer_failures
-from rankonce.serving.schemas import ChatBody, CompletionBody, RankBody, RerankBody, ScoreBody
+from rankonce.serving.schemas import (
+    ChatBody,
+    CompletionBody,
+    PrefixBody,
+    RankBody,
+    RerankBody,
+    ScoreBody,
+)
 
 _REFUSALS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorAnswer, "description": "The question cannot be answered; param says why."},
     404: {"model": ErrorAnswer, "description": "Another model is served."},
     413: {"model": ErrorAnswer, "description": "Too many candidates, or too many bytes."},
+    429: {"model": ErrorAnswer, "description": "Too many questions wait; Retry-After says when."},
     500: {"model": ErrorAnswer, "description": "The server failed."},
+    503: {"model": ErrorAnswer, "description": "The deadline cannot be met."},
 }
 
 
@@ -56,6 +66,7 @@ def create_app(ranker: Ranker, config: ServerConfig | None = None) -> FastAPI:
     )
     app.router.route_class = JsonRoute
     app.state.max_body_bytes = config.max_body_mb * 1_000_000
+    app.state.engine = engine
     answer_failures(app)
     _add_information(app, engine)
     _add_scoring(app, engine)
@@ -94,6 +105,11 @@ def _add_scoring(app: FastAPI, engine: Engine) -> None:
     async def rank(body: RankBody) -> RankAnswer:
         """Score the candidates of one request for a task."""
         return await engine.rank(body)
+
+    @app.post("/v1/prefixes", responses=_REFUSALS)
+    async def prefixes(body: PrefixBody) -> PrefixAnswer:
+        """Read a member's history before the candidates are known."""
+        return await engine.prepare_prefix(body)
 
     @app.post("/v1/score", responses=_REFUSALS)
     async def score(body: ScoreBody) -> ScoreAnswer:

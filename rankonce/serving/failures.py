@@ -1,6 +1,8 @@
 """Every failure becomes an answer in OpenAI's form: status, message, type, param, code."""
 
+import asyncio
 import logging
+import math
 import re
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, cast
@@ -25,14 +27,23 @@ logger = logging.getLogger(__name__)
 
 # A question may have a fault in every candidate.
 _MAX_FAULTS = 5
+# Nobody reads it but logs; the number is nginx's.
+_CLIENT_GONE = 499
 _FIELD = re.compile(r"([A-Za-z_][\w.\[\]]*): ")
 
 
 class ServingError(HTTPException):
     """A question that the server refuses before it reaches the ranker."""
 
-    def __init__(self, status: int, message: str, *, code: str | None = None) -> None:
-        super().__init__(status, message)
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(status, message, headers=headers)
         self.code = code
 
 
@@ -43,13 +54,31 @@ class TooLargeError(ServingError):
         super().__init__(413, message, code="request_too_large")
 
 
+class LaterError(ServingError):
+    """A question that may be asked again, but not now.
+
+    Args:
+        status: 429 if the client asks too much, 503 if the server cannot.
+        wait_s: seconds after which it may succeed; told as ``Retry-After``, rounded up.
+    """
+
+    def __init__(self, status: int, message: str, *, code: str, wait_s: float) -> None:
+        headers = {"Retry-After": str(max(1, math.ceil(wait_s)))}
+        super().__init__(status, message, code=code, headers=headers)
+
+
 class BoundedRequest(Request):
     """A request whose body is bounded, and strict JSON."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.is_read = asyncio.Event()
 
     async def body(self) -> bytes:
         """Read the body, unless it is larger than the server takes."""
         if not hasattr(self, "_body"):
             self._body = await self._read_body(self.app.state.max_body_bytes)
+            self.is_read.set()
         return self._body
 
     async def json(self) -> Any:
@@ -82,8 +111,9 @@ class JsonRoute(APIRoute):
         handle = super().get_route_handler()
 
         async def handle_bounded(request: Request) -> Response:
+            bounded = BoundedRequest(request.scope, request.receive)
             try:
-                return await handle(BoundedRequest(request.scope, request.receive))
+                return await _while_connected(bounded, handle(bounded))
             except (HTTPException, RequestValidationError, RankOnceError):
                 raise
             except Exception:  # a bug; it should cost neither the connection nor a secret
@@ -91,6 +121,30 @@ class JsonRoute(APIRoute):
                 return _answer(500, "the server failed; its log says why")
 
         return handle_bounded
+
+
+async def _while_connected(
+    request: BoundedRequest, answer: Coroutine[Any, Any, Response]
+) -> Response:
+    """Answer a request, and stop where the client goes away after it has sent the body."""
+
+    async def watch() -> None:
+        await request.is_read.wait()
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        working.cancel()
+
+    working = asyncio.ensure_future(answer)
+    watching = asyncio.ensure_future(watch())
+    try:
+        await asyncio.wait({working})
+        if working.cancelled():
+            return Response(status_code=_CLIENT_GONE)
+        return working.result()
+    finally:
+        # Whoever cancels this, a server that stops, cancels both.
+        working.cancel()
+        watching.cancel()
 
 
 def answer_failures(app: FastAPI) -> None:
@@ -107,9 +161,12 @@ def _answer(
     headers: Mapping[str, str] | None = None,
 ) -> Response:
     named = _FIELD.match(message)
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    if status == 429:
+        kind = "rate_limit_error"
     error = {
         "message": message,
-        "type": "server_error" if status >= 500 else "invalid_request_error",
+        "type": kind,
         "param": named[1] if named else None,
         "code": code,
     }

@@ -55,7 +55,7 @@ def test_every_example_of_the_interface_is_answered(chatty: Served) -> None:
             response = chatty.http.post(path, json=example)
             assert response.status_code == 200, response.text
             num_examples += 1
-    assert num_examples == 7
+    assert num_examples == 8
 
 
 def test_every_command_of_the_page_is_answered(chatty: Served) -> None:
@@ -66,6 +66,7 @@ def test_every_command_of_the_page_is_answered(chatty: Served) -> None:
     ]
     assert answers == [
         ("/v1/rank", 200),
+        ("/v1/prefixes", 200),
         ("/v1/score", 200),
         ("/v1/rerank", 200),
         ("/v1/completions", 200),
@@ -236,7 +237,12 @@ def test_a_developer_turn_is_a_system_turn(chatty: Served) -> None:
         )
         for role in ("developer", "system")
     ]
-    assert answers[0].choices == answers[1].choices
+    (first, second) = (answer.choices[0] for answer in answers)
+    assert first.message == second.message
+    (one,), (other,) = first.logprobs.content, second.logprobs.content
+    # The second comes out of the prefix cache.
+    assert answers[1].usage.prompt_tokens_details.cached_tokens > 0
+    assert one.logprob == pytest.approx(other.logprob, abs=1e-5)
 
 
 def test_special_tokens_in_a_message_stay_letters(chatty: Served) -> None:
