@@ -7,4 +7,5 @@ engine    from question to answer
 prompts   prompts that the caller wrote, to token ids; ``packing`` finds what they share
 logprobs  what the model says of the next token, as OpenAI's clients read it
 batcher   the one thread that runs the model
+observations  what the engine counts, and callbacks for whoever exports it
 """
