@@ -29,6 +29,7 @@ from rankonce.serving.answers import (
 from rankonce.serving.batcher import Batcher
 from rankonce.serving.failures import ServingError, TooLargeError
 from rankonce.serving.logprobs import NextToken, next_tokens, write_chat, write_completion
+from rankonce.serving.observations import Observations
 from rankonce.serving.packing import PackedPrompts, pack_prompts
 from rankonce.serving.prompts import PromptReader
 from rankonce.serving.schemas import (
@@ -75,6 +76,7 @@ class Engine:
                 f"adapter: {self.model_name!r} is what the model is served as; choose another name"
             )
         self._reader = PromptReader(ranker.model, ranker.renderer.encoder)
+        self.observations = Observations()
         self._batcher = Batcher(ranker)
 
     def running(self) -> AbstractAsyncContextManager[None]:

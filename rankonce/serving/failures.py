@@ -1,6 +1,7 @@
 """Every failure becomes an answer in OpenAI's form: status, message, type, param, code."""
 
 import logging
+import math
 import re
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, cast
@@ -20,6 +21,7 @@ from rankonce.errors import (
     TaskError,
 )
 from rankonce.records import describe_faults
+from rankonce.serving.exchanges import count_tokens, current_exchange
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +33,15 @@ _FIELD = re.compile(r"([A-Za-z_][\w.\[\]]*): ")
 class ServingError(HTTPException):
     """A question that the server refuses before it reaches the ranker."""
 
-    def __init__(self, status: int, message: str, *, code: str | None = None) -> None:
-        super().__init__(status, message)
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(status, message, headers=headers)
         self.code = code
 
 
@@ -41,6 +50,45 @@ class TooLargeError(ServingError):
 
     def __init__(self, message: str) -> None:
         super().__init__(413, message, code="request_too_large")
+
+
+class UnauthorizedError(ServingError):
+    """No key, or one that the server does not know."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            401,
+            "the question should carry an API key that this server knows, as Authorization: "
+            "Bearer KEY or as X-API-Key: KEY",
+            code="invalid_api_key",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
+
+
+class LaterError(ServingError):
+    """A question that may be asked again, but not now.
+
+    Args:
+        status: 429 if the client asks too much, 503 if the server cannot.
+        wait_s: seconds after which it may succeed; told as ``Retry-After``, rounded up.
+    """
+
+    def __init__(self, status: int, message: str, *, code: str, wait_s: float) -> None:
+        headers = {"Retry-After": str(max(1, math.ceil(wait_s)))}
+        super().__init__(status, message, code=code, headers=headers)
+
+
+class TooSlowError(ServingError):
+    """A body that takes its time."""
+
+    def __init__(self) -> None:
+        # What is left of the body would stand where the next question should begin.
+        super().__init__(
+            408,
+            "the body should be sent without delay",
+            code="request_timeout",
+            headers={"Connection": "close"},
+        )
 
 
 class BoundedRequest(Request):
@@ -77,6 +125,9 @@ class BoundedRequest(Request):
 class JsonRoute(APIRoute):
     """A route that reads its body as ``BoundedRequest`` does, and survives a crash of its own."""
 
+    def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
+        super().__init__(path, count_tokens(endpoint), **options)
+
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Wrap the handler that FastAPI builds."""
         handle = super().get_route_handler()
@@ -93,6 +144,11 @@ class JsonRoute(APIRoute):
         return handle_bounded
 
 
+def refuse(error: ServingError) -> Response:
+    """Answer what is refused before it reaches a route."""
+    return _answer(error.status_code, error.detail, code=error.code, headers=error.headers)
+
+
 def answer_failures(app: FastAPI) -> None:
     """Put the handlers on an app; they are tried from the class of the error upwards."""
     for kind, handler in _HANDLERS.items():
@@ -107,9 +163,15 @@ def _answer(
     headers: Mapping[str, str] | None = None,
 ) -> Response:
     named = _FIELD.match(message)
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    if status == 429:
+        kind = "rate_limit_error"
+    exchange = current_exchange()
+    if exchange is not None:
+        exchange.code = code or kind
     error = {
         "message": message,
-        "type": "server_error" if status >= 500 else "invalid_request_error",
+        "type": kind,
         "param": named[1] if named else None,
         "code": code,
     }

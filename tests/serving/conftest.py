@@ -16,7 +16,9 @@ from openai import OpenAI
 from rankonce.model.loading import prepare_model
 from rankonce.ranker import Ranker
 from rankonce.serving.app import create_app, open_listener
+from rankonce.serving.connections import bounded_protocol
 from rankonce.serving.engine import ServerConfig
+from rankonce.serving.operations import OperationsConfig
 from tests.conftest import build_network, build_tokenizer
 
 ARCHITECTURE = "qwen3"
@@ -44,12 +46,20 @@ class Served:
 
 
 @contextmanager
-def serving(ranker: Ranker, **options: Any) -> Iterator[httpx.Client]:
-    """Serve a ranker with uvicorn in a thread of its own."""
+def serving(
+    ranker: Ranker, operations: OperationsConfig | None = None, **options: Any
+) -> Iterator[httpx.Client]:
+    """Serve a ranker with uvicorn in a thread of its own, cold unless operations say otherwise."""
     config = ServerConfig(port=0, **options)
+    operations = operations or OperationsConfig(warm_up=False)
     listener = open_listener(config)
+    protocol = bounded_protocol(
+        header_timeout_s=operations.header_timeout_s, write_timeout_s=operations.write_timeout_s
+    )
     server = uvicorn.Server(
-        uvicorn.Config(create_app(ranker, config), log_level="critical", ws="none")
+        uvicorn.Config(
+            create_app(ranker, config, operations), http=protocol, log_config=None, ws="none"
+        )
     )
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
