@@ -77,6 +77,12 @@ class _Formatter(logging.Formatter):
 class TextFormatter(_Formatter):
     """Level, logger and message; then what else is known, as name=value."""
 
+    def format(self, record: logging.LogRecord) -> str:
+        """Write a record."""
+        # Another handler's text of the exception would be taken, message and all.
+        record.exc_text = None
+        return super().format(record)
+
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
         # The message of the access log has these already.
         shown = _extras(record, leave_out={"method", "route", "status"})

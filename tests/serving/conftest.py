@@ -58,7 +58,11 @@ def serving(
     )
     server = uvicorn.Server(
         uvicorn.Config(
-            create_app(ranker, config, operations), http=protocol, log_config=None, ws="none"
+            create_app(ranker, config, operations),
+            http=protocol,
+            log_config=None,
+            access_log=False,
+            ws="none",
         )
     )
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
