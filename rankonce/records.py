@@ -227,8 +227,11 @@ class ScoreResult:
 _REQUEST = TypeAdapter(ScoreRequest)
 
 
-def read_request(data: Any) -> ScoreRequest:
+def read_request(data: Any, *, needs_candidates: bool = True) -> ScoreRequest:
     """Check decoded JSON, or a request made in Python, and make a request of it.
+
+    Args:
+        needs_candidates: refuse a request that has none.
 
     Raises:
         RequestError: names each field that is wrong, missing or unknown.
@@ -237,7 +240,7 @@ def read_request(data: Any) -> ScoreRequest:
         request = _REQUEST.validate_python(data)
     except ValidationError as error:
         raise RequestError(describe_faults(error.errors())) from error
-    if not request.candidates:
+    if needs_candidates and not request.candidates:
         raise RequestError("candidates: should hold at least one candidate")
     return request
 

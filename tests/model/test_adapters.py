@@ -175,7 +175,7 @@ def test_a_recorded_pass_of_one_adapter_is_never_replayed_for_another(
 
         return replay
 
-    ranker.runner = PassRunner(
+    ranker.scorer.runner = PassRunner(
         ranker.model.network, ranker.model.table_keys, max_graph_tokens=4096, capture=capture
     )
     ranker.config = replace(ranker.config, prefix_cache_mb=0)
