@@ -88,7 +88,7 @@ class Renderer:
             for index, candidate in enumerate(request.candidates)
         ]
         segment_ids = self.encoder.encode_segments(segments, cache_salt=cache_salt)
-        longest = max(map(len, segment_ids), default=0)
+        longest = max(map(len, segment_ids), default=1)
         events, examples = _write_events(task, request), _write_examples(task, request)
         body = _body(task, request, [], examples)
         prefix_ids = self.encoder.encode_prefix(task.instruction, body)

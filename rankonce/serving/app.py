@@ -23,17 +23,26 @@ from rankonce.serving.answers import (
     Health,
     ModelCard,
     ModelList,
+    PrefixAnswer,
     RankAnswer,
     RerankAnswer,
     ScoreAnswer,
 )
 from rankonce.serving.connections import bounded_protocol
 from rankonce.serving.engine import Engine, ServerConfig
+from rankonce.serving.exchanges import current_salt
 from rankonce.serving.failures import JsonRoute, answer_failures
 from rankonce.serving.lifecycle import DrainingServer, Lifecycle, Phase
-from rankonce.serving.metrics import CONTENT_TYPE, Metrics
+from rankonce.serving.metrics import CONTENT_TYPE, EngineState, Metrics
 from rankonce.serving.operations import OperationsConfig
-from rankonce.serving.schemas import ChatBody, CompletionBody, RankBody, RerankBody, ScoreBody
+from rankonce.serving.schemas import (
+    ChatBody,
+    CompletionBody,
+    PrefixBody,
+    RankBody,
+    RerankBody,
+    ScoreBody,
+)
 from rankonce.serving.tracing import open_tracing
 from rankonce.serving.warm_up import warm_up
 
@@ -72,6 +81,7 @@ def create_app(
     lifecycle = Lifecycle()
     metrics = Metrics(version=__version__, model=engine.model_name)
     engine.observations.subscribe(metrics)
+    metrics.watch(EngineState(queue=lambda: engine.queue, caches=lambda: engine.caches))
     tracing = None
     if operations.otlp_endpoint is not None:
         tracing = open_tracing(operations.otlp_endpoint, version=__version__)
@@ -167,29 +177,34 @@ def _add_scoring(app: FastAPI, engine: Engine) -> None:
     @app.post("/v1/rank", responses=_REFUSALS)
     async def rank(body: RankBody) -> RankAnswer:
         """Score the candidates of one request for a task."""
-        return await engine.rank(body)
+        return await engine.rank(body, cache_salt=current_salt())
+
+    @app.post("/v1/prefixes", responses=_REFUSALS)
+    async def prefixes(body: PrefixBody) -> PrefixAnswer:
+        """Read a member's history before the candidates are known."""
+        return await engine.prepare_prefix(body, cache_salt=current_salt())
 
     @app.post("/v1/score", responses=_REFUSALS)
     async def score(body: ScoreBody) -> ScoreAnswer:
         """Give the probabilities of labels after query and item, in SGLang's form."""
-        return await engine.score(body)
+        return await engine.score(body, cache_salt=current_salt())
 
     @app.post("/v2/rerank", responses=_REFUSALS, response_model_exclude_none=True)
     @app.post("/rerank", responses=_REFUSALS, response_model_exclude_none=True)
     @app.post("/v1/rerank", responses=_REFUSALS, response_model_exclude_none=True)
     async def rerank(body: RerankBody) -> RerankAnswer:
         """Order documents by relevance, in the form of Cohere and Jina."""
-        return await engine.rerank(body)
+        return await engine.rerank(body, cache_salt=current_salt())
 
     @app.post("/v1/completions", responses=_REFUSALS)
     async def completions(body: CompletionBody) -> CompletionAnswer:
         """Read the next token of one or many prompts, in OpenAI's form."""
-        return await engine.complete(body)
+        return await engine.complete(body, cache_salt=current_salt())
 
     @app.post("/v1/chat/completions", responses=_REFUSALS)
     async def chat(body: ChatBody) -> ChatAnswer:
         """Read the first token of the answer to a conversation, in OpenAI's form."""
-        return await engine.chat(body)
+        return await engine.chat(body, cache_salt=current_salt())
 
 
 def open_listener(config: ServerConfig) -> socket.socket:

@@ -63,6 +63,12 @@ def current_exchange() -> Exchange | None:
     return _current.get()
 
 
+def current_salt() -> str | None:
+    """Return what separates the caches of the running task's owner from those of others."""
+    exchange = _current.get()
+    return exchange.owner or None if exchange else None
+
+
 def begin_exchange(method: str, request_id: str | None) -> Exchange:
     """Make a question the one that the running task answers.
 

@@ -1,5 +1,6 @@
 """Every failure becomes an answer in OpenAI's form: status, message, type, param, code."""
 
+import asyncio
 import logging
 import math
 import re
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 # A question may have a fault in every candidate.
 _MAX_FAULTS = 5
+# Nobody reads it but logs; the number is nginx's.
+_CLIENT_GONE = 499
 _FIELD = re.compile(r"([A-Za-z_][\w.\[\]]*): ")
 
 
@@ -94,10 +97,15 @@ class TooSlowError(ServingError):
 class BoundedRequest(Request):
     """A request whose body is bounded, and strict JSON."""
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.is_read = asyncio.Event()
+
     async def body(self) -> bytes:
         """Read the body, unless it is larger than the server takes."""
         if not hasattr(self, "_body"):
             self._body = await self._read_body(self.app.state.max_body_bytes)
+            self.is_read.set()
         return self._body
 
     async def json(self) -> Any:
@@ -133,15 +141,40 @@ class JsonRoute(APIRoute):
         handle = super().get_route_handler()
 
         async def handle_bounded(request: Request) -> Response:
+            bounded = BoundedRequest(request.scope, request.receive)
             try:
-                return await handle(BoundedRequest(request.scope, request.receive))
+                return await _while_connected(bounded, handle(bounded))
             except (HTTPException, RequestValidationError, RankOnceError):
                 raise
             except Exception:  # a bug; it should cost neither the connection nor a secret
-                logger.exception("%s %s crashed", request.method, request.url.path)
+                logger.exception("%s %s crashed", request.method, self.path)
                 return _answer(500, "the server failed; its log says why")
 
         return handle_bounded
+
+
+async def _while_connected(
+    request: BoundedRequest, answer: Coroutine[Any, Any, Response]
+) -> Response:
+    """Answer a request, and stop where the client goes away after it has sent the body."""
+
+    async def watch() -> None:
+        await request.is_read.wait()
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        working.cancel()
+
+    working = asyncio.ensure_future(answer)
+    watching = asyncio.ensure_future(watch())
+    try:
+        await asyncio.wait({working})
+        if working.cancelled():
+            return Response(status_code=_CLIENT_GONE)
+        return working.result()
+    finally:
+        # Whoever cancels this, a server that stops, cancels both.
+        working.cancel()
+        watching.cancel()
 
 
 def refuse(error: ServingError) -> Response:

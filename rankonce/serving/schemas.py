@@ -33,10 +33,12 @@ from rankonce.serving.fields import (
     NoStream,
     OneChoice,
     OneToken,
+    Priority,
     Prompts,
     Query,
     Refused,
     RefusedList,
+    Timeout,
     only,
 )
 
@@ -50,6 +52,12 @@ def _example(**fields: Any) -> ConfigDict:
 def _some_candidates(candidates: tuple[Item, ...]) -> tuple[Item, ...]:
     if not candidates:
         raise ValueError("should hold at least one candidate")
+    return candidates
+
+
+def _no_candidates(candidates: tuple[Item, ...]) -> tuple[Item, ...]:
+    if candidates:
+        raise ValueError("should be left out: they come with the prefix's id, to /v1/rank")
     return candidates
 
 
@@ -78,11 +86,41 @@ class RankBody(ScoreRequest):
     Attributes:
         model: the name of the model served, or of one of its adapters.
         top_n: answer with the best only, best first.
+        prefix: the id of a prepared prefix, in place of everything that comes before candidates.
+        priority: lower is served first.
+        timeout_ms: after which nobody wants the answer.
     """
 
+    task: str = ""
     candidates: Annotated[tuple[Item, ...], AfterValidator(_some_candidates)]
     model: str | None = None
     top_n: TopN = None
+    prefix: str | None = None
+    priority: Priority = 0
+    timeout_ms: Timeout = None
+
+
+@with_config(
+    _example(
+        task="movie-like",
+        time=1_700_000_000,
+        profile={"num_ratings": 42, "like_share": 0.6},
+    )
+)
+@dataclass(frozen=True, kw_only=True)
+class PrefixBody(ScoreRequest):
+    """A ``RankBody`` before its candidates are known.
+
+    Attributes:
+        model, priority, timeout_ms: as in ``RankBody``.
+        ttl_s: seconds for which the handle holds; the server's setting by default and at most.
+    """
+
+    candidates: Annotated[tuple[Item, ...], AfterValidator(_no_candidates)] = ()
+    model: str | None = None
+    ttl_s: Annotated[int, Field(ge=1)] | None = None
+    priority: Priority = 0
+    timeout_ms: Timeout = None
 
 
 class Document(BaseModel):
@@ -120,11 +158,15 @@ class RerankBody(BaseModel):
     task: str = "search-relevance"
     model: str | None = None
     max_tokens_per_doc: Annotated[None, only(why="documents are never cut")] = None
+    priority: Priority = 0
+    timeout_ms: Timeout = None
 
 
 class WithLabels(BaseModel):
     """Labels as words or as token ids, never both."""
 
+    priority: Priority = 0
+    timeout_ms: Timeout = None
     labels: LabelWords | None = None
     label_token_ids: LabelIds | None = None
 
