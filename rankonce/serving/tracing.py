@@ -3,7 +3,7 @@
 Spans say how long and how much, never what a question holds.
 """
 
-import logging
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit, urlunsplit
@@ -13,8 +13,6 @@ from rankonce.serving.exchanges import Exchange
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
-
-logger = logging.getLogger(__name__)
 
 _NS = 1_000_000_000
 
@@ -64,12 +62,19 @@ class Tracing:
         if status >= 500:
             span.set_status(trace.StatusCode.ERROR)
         inside = trace.set_span_in_context(span)
-        for one in exchange.stages:
+        end = time.time()
+        span_end = int(end * _NS)
+        # Some stages are told of together, when the last of them is over: each ends where the
+        # next begins.
+        for one in reversed(exchange.stages):
+            end = min(end, one.end)
+            begin = end - one.seconds
             child = self._tracer.start_span(
-                one.stage.value, context=inside, start_time=int((one.end - one.seconds) * _NS)
+                one.stage.value, context=inside, start_time=int(begin * _NS)
             )
-            child.end(int(one.end * _NS))
-        span.end()
+            child.end(int(end * _NS))
+            end = begin
+        span.end(span_end)
 
     def close(self) -> None:
         """Send what waits."""

@@ -34,24 +34,15 @@ def test_a_question_of_every_kind_runs_through_the_model(
     chat: bool, num_questions: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     ranker = build_ranker(chat=chat)
-    num_passes = 0
-    run = ranker.runner.run
 
-    def count(*arguments: object, **options: object) -> object:
-        nonlocal num_passes
-        num_passes += 1
-        return run(*arguments, **options)  # type: ignore[arg-type]
-
-    ranker.runner.run = count  # type: ignore[method-assign,assignment]
-
-    async def warm() -> None:
+    async def warm() -> int:
         engine = Engine(ranker, ServerConfig())
         async with engine.running():
             await warm_up(engine)
+        return engine.observations.snapshot().num_passes
 
     with caplog.at_level(logging.INFO, "rankonce.serving"):
-        asyncio.run(warm())
-    assert num_passes == num_questions
+        assert asyncio.run(warm()) == num_questions
     assert f"warm-up: {num_questions} questions" in caplog.text
     assert ("does not answer chat: messages: the model has no chat template" in caplog.text) is (
         not chat
