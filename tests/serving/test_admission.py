@@ -114,9 +114,11 @@ def test_the_openai_client_sends_its_key_and_reads_the_refusal(guarded: httpx.Cl
     with OpenAI(base_url=url, api_key=SECRETS["search"], max_retries=0) as client:
         answer = client.completions.create(model="tiny", prompt="M", max_tokens=1)
         assert answer._request_id
-    with OpenAI(base_url=url, api_key="wrong", max_retries=0) as client:
-        with pytest.raises(AuthenticationError):
-            client.completions.create(model="tiny", prompt="M", max_tokens=1)
+    with (
+        OpenAI(base_url=url, api_key="wrong", max_retries=0) as client,
+        pytest.raises(AuthenticationError),
+    ):
+        client.completions.create(model="tiny", prompt="M", max_tokens=1)
 
 
 def test_an_owner_that_asks_too_often_is_told_when_to_come_back() -> None:
