@@ -85,8 +85,8 @@ def tenants() -> Iterator[httpx.Client]:
 LONG = "M " * 150
 QUESTIONS: list[tuple[str, dict[str, Any]]] = [
     ("/v1/rank", {**rank(LONG), "history": rank(LONG)["history"] * 3}),
-    ("/v1/completions", {"prompt": [f"{LONG} {x}" for x in "abc"], "max_tokens": 1}),
-    ("/v1/score", {"query": LONG, "items": [" a", " b"], "label_token_ids": [7, 8]}),
+    ("/v1/completions", {"prompt": [f"Heat {LONG} {x}" for x in "abc"], "max_tokens": 1}),
+    ("/v1/score", {"query": f"Up {LONG}", "items": [" a", " b"], "label_token_ids": [7, 8]}),
 ]
 
 
