@@ -261,7 +261,7 @@ def test_a_crash_is_logged_without_its_message_unless_that_is_asked_for(
 ) -> None:
     ranker = build_ranker(chat=False)
 
-    def crash(*_: object) -> None:
+    def crash(*_: object, **__: object) -> None:
         try:
             {}["Zanzi" + "bar"]
         except KeyError as error:

@@ -146,7 +146,7 @@ def test_a_server_whose_warm_up_fails_is_never_ready_and_stops_itself(
 ) -> None:
     ranker = build_ranker(chat=False)
 
-    def crash(*_: object) -> None:
+    def crash(*_: object, **__: object) -> None:
         raise RuntimeError
 
     monkeypatch.setattr(ranker, "prepare", crash)
@@ -169,9 +169,9 @@ def test_a_server_is_not_ready_before_its_warm_up_is_done(
     go_on = threading.Event()
     prepare = ranker.prepare
 
-    def wait(*arguments: object) -> object:
+    def wait(*arguments: object, **options: object) -> object:
         go_on.wait(30)
-        return prepare(*arguments)  # type: ignore[arg-type]
+        return prepare(*arguments, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(ranker, "prepare", wait)
     with serving(ranker, OperationsConfig()) as http:
