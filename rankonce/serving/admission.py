@@ -37,6 +37,8 @@ _REFUSALS = frozenset(
         *("request_too_large", "bodies_full", "shutting_down"),
     }
 )
+# Uploads go to disk as they come and have a bound of their own.
+_STREAMED_PATHS = frozenset({"/v1/files"})
 _ANYBODY = ApiKey(name="", digest=b"")
 # Nobody was there any more to be told anything else.
 _CLIENT_GONE = 499
@@ -96,7 +98,9 @@ class Admission:
             try:
                 await self._answer(
                     scope,
-                    self._bodies.bound(receive, exchange, chunks),
+                    self._bodies.bound(
+                        receive, exchange, chunks, is_held=scope["path"] not in _STREAMED_PATHS
+                    ),
                     self._observe(send, exchange, answered),
                     exchange=exchange,
                     answered=answered,

@@ -81,7 +81,11 @@ def create_app(
     lifecycle = Lifecycle()
     metrics = Metrics(version=__version__, model=engine.model_name)
     engine.observations.subscribe(metrics)
-    metrics.watch(EngineState(queue=lambda: engine.queue, caches=lambda: engine.caches))
+    metrics.watch(
+        EngineState(
+            model=engine.model_name, queue=lambda: engine.queue, caches=lambda: engine.caches
+        )
+    )
     tracing = None
     if operations.otlp_endpoint is not None:
         tracing = open_tracing(operations.otlp_endpoint, version=__version__)

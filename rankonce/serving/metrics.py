@@ -1,6 +1,6 @@
 """What a server did, for Prometheus; each server has a registry of its own."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from prometheus_client import (
@@ -31,13 +31,15 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class EngineState(NamedTuple):
-    """How to ask the engine what it holds now.
+    """How to ask an engine what it holds now.
 
     Attributes:
+        model: whose engine it is.
         queue: what is under way.
         caches: what each cache did and holds, by the cache's name.
     """
 
+    model: str
     queue: Callable[[], QueueObserved]
     caches: Callable[[], Mapping[str, CacheObserved]]
 
@@ -47,6 +49,7 @@ class Metrics:
 
     def __init__(self, *, version: str, model: str) -> None:
         self.registry = CollectorRegistry()
+        self._states: list[EngineState] = []
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
         registry = self.registry
@@ -122,8 +125,10 @@ class Metrics:
             self._tokens.labels(source)
 
     def watch(self, state: EngineState) -> None:
-        """Ask the engine for its queue and caches whenever the metrics are read."""
-        self.registry.register(_StateCollector(state))
+        """Ask an engine for its queue and caches whenever the metrics are read."""
+        if not self._states:
+            self.registry.register(_StateCollector(self._states))
+        self._states.append(state)
 
     def on_stage(self, stage: Stage, seconds: float) -> None:
         """Count the seconds that one question spent in a stage, and note them on the question."""
@@ -163,43 +168,51 @@ class Metrics:
         return generate_latest(self.registry)
 
 
-class _StateCollector(Collector):
-    """Reads what the engine holds at the moment of asking."""
+_QUEUE = {
+    "open": ("num_open", "Questions admitted and not answered."),
+    "waiting": ("num_waiting", "Requests that wait for a pass or its rest."),
+    "waiting_tokens": ("waiting_tokens", "Their tokens, not computed yet."),
+}
+_CACHE_COUNTERS = {
+    "hits": "Look-ups that found something.",
+    "misses": "Look-ups that found nothing.",
+    "hit_tokens": "Tokens found.",
+    "asked_tokens": "Tokens looked for.",
+    "evictions": "Entries that went to make room.",
+}
+_CACHE_GAUGES = {
+    "bytes": ("num_bytes", "Held now."),
+    "max_bytes": ("max_bytes", "Bound of what is held."),
+    "entries": ("num_entries", "Held now."),
+}
 
-    def __init__(self, state: EngineState) -> None:
-        self._state = state
+
+class _StateCollector(Collector):
+    """Reads what the engines hold at the moment of asking."""
+
+    def __init__(self, states: Sequence[EngineState]) -> None:
+        self._states = states
 
     def collect(self) -> Iterable[Metric]:
-        queue = self._state.queue()
-        for name, value, text in (
-            ("open", queue.num_open, "Questions admitted and not answered."),
-            ("waiting", queue.num_waiting, "Requests that wait for a pass or its rest."),
-            ("waiting_tokens", queue.waiting_tokens, "Their tokens, not computed yet."),
-        ):
-            yield GaugeMetricFamily(f"rankonce_queue_{name}", text, value=value)
-        yield from _cache_metrics(self._state.caches())
-
-
-def _cache_metrics(caches: Mapping[str, CacheObserved]) -> Iterable[Metric]:
-    counters = {
-        "hits": "Look-ups that found something.",
-        "misses": "Look-ups that found nothing.",
-        "hit_tokens": "Tokens found.",
-        "asked_tokens": "Tokens looked for.",
-        "evictions": "Entries that went to make room.",
-    }
-    gauges = {
-        "num_bytes": ("bytes", "Held now."),
-        "max_bytes": ("max_bytes", "Bound of what is held."),
-        "num_entries": ("entries", "Held now."),
-    }
-    for field, text in counters.items():
-        counter = CounterMetricFamily(f"rankonce_cache_{field}", text, labels=["cache"])
-        for name, cache in caches.items():
-            counter.add_metric([name], getattr(cache, field))
-        yield counter
-    for field, (suffix, text) in gauges.items():
-        gauge = GaugeMetricFamily(f"rankonce_cache_{suffix}", text, labels=["cache"])
-        for name, cache in caches.items():
-            gauge.add_metric([name], getattr(cache, field))
-        yield gauge
+        queues = {state.model: state.queue() for state in self._states}
+        for suffix, (field, text) in _QUEUE.items():
+            gauge = GaugeMetricFamily(f"rankonce_queue_{suffix}", text, labels=["model"])
+            for model, queue in queues.items():
+                gauge.add_metric([model], getattr(queue, field))
+            yield gauge
+        caches = [
+            ([state.model, name], cache)
+            for state in self._states
+            for name, cache in state.caches().items()
+        ]
+        labels = ["model", "cache"]
+        for field, text in _CACHE_COUNTERS.items():
+            counter = CounterMetricFamily(f"rankonce_cache_{field}", text, labels=labels)
+            for place, cache in caches:
+                counter.add_metric(place, getattr(cache, field))
+            yield counter
+        for suffix, (field, text) in _CACHE_GAUGES.items():
+            gauge = GaugeMetricFamily(f"rankonce_cache_{suffix}", text, labels=labels)
+            for place, cache in caches:
+                gauge.add_metric(place, getattr(cache, field))
+            yield gauge

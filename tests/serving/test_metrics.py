@@ -9,8 +9,14 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from rankonce.serving.metrics import Metrics
-from rankonce.serving.observations import PassObserved, Refusal, Stage
+from rankonce.serving.metrics import EngineState, Metrics
+from rankonce.serving.observations import (
+    CacheObserved,
+    PassObserved,
+    QueueObserved,
+    Refusal,
+    Stage,
+)
 from rankonce.serving.operations import OperationsConfig
 from tests.serving.conftest import build_ranker, serving
 
@@ -65,9 +71,9 @@ def test_a_question_is_counted_where_it_went(fresh: httpx.Client) -> None:
     assert seen[name("rankonce_pass_tokens_sum")] == computed
     for stage in Stage:
         assert seen[name("rankonce_stage_seconds_count", stage=stage.value)] >= 2
-    assert seen[name("rankonce_queue_open")] == 0
-    assert seen[name("rankonce_cache_max_bytes", cache="prefix")] == 256_000_000
-    assert seen[name("rankonce_cache_misses_total", cache="prefix")] >= 1
+    assert seen[name("rankonce_queue_open", model="tiny")] == 0
+    assert seen[name("rankonce_cache_max_bytes", cache="prefix", model="tiny")] == 256_000_000
+    assert seen[name("rankonce_cache_misses_total", cache="prefix", model="tiny")] >= 1
     assert seen[name("process_resident_memory_bytes")] > 10_000_000
 
 
@@ -111,6 +117,25 @@ def test_what_the_engine_reports_is_exported() -> None:
     assert seen[name("rankonce_stage_seconds_bucket", le="0.005", stage="wait")] == 1
     assert seen[name("rankonce_refusals_total", reason="deadline")] == 1
     assert seen[name("rankonce_info", model="tiny", version="0")] == 1
+
+
+def test_engines_are_told_apart_by_their_models() -> None:
+    metrics = Metrics(version="0", model="one")
+    for number, model in enumerate(("one", "other"), start=1):
+        metrics.watch(
+            EngineState(
+                model=model,
+                queue=lambda number=number: QueueObserved(num_open=number),  # type: ignore[misc]
+                caches=lambda number=number: {  # type: ignore[misc]
+                    "prefix": CacheObserved(hits=10 * number, num_bytes=7)
+                },
+            )
+        )
+    seen = parse(metrics.write().decode())
+    assert seen[name("rankonce_queue_open", model="one")] == 1
+    assert seen[name("rankonce_queue_open", model="other")] == 2
+    assert seen[name("rankonce_cache_hits_total", cache="prefix", model="other")] == 20
+    assert seen[name("rankonce_cache_bytes", cache="prefix", model="one")] == 7
 
 
 def test_the_dashboard_asks_for_metrics_that_exist(fresh: httpx.Client) -> None:
