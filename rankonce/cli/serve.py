@@ -2,6 +2,8 @@
 
 import ipaddress
 import logging
+import signal
+import threading
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -168,6 +170,7 @@ def serve(
     from rankonce.serving.operations import OperationsConfig
 
     configure_logs(log_format.value, log_bodies=log_bodies)
+    _stop_when_told()
     operations = OperationsConfig(
         keys=read_keys(api_keys) if api_keys else None,
         requests_per_minute=requests_per_minute,
@@ -215,6 +218,17 @@ def serve(
     )
     if not run_server(ranker, config, listener, operations):
         raise typer.Exit(1)
+
+
+def _stop_when_told() -> None:
+    """Stop on SIGTERM while the model loads; the first process of a container ignores it else."""
+
+    def stop(*_: object) -> None:
+        raise SystemExit(0)
+
+    # The server has a handler of its own, and leaves this one behind.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, stop)
 
 
 def _warn_of_exposure(host: str, operations: "OperationsConfig") -> None:

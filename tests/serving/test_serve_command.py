@@ -1,4 +1,5 @@
 import logging
+import os
 import re
 import signal
 import socket
@@ -27,12 +28,14 @@ COMMAND = "import typer; from rankonce.cli.serve import serve; typer.run(serve)"
 
 @pytest.fixture(autouse=True)
 def _own_logs() -> Iterator[None]:
-    """Give the loggers back as they were: the command takes them for itself."""
+    """Give loggers and SIGTERM back as they were: the command takes them for itself."""
     root, levels = logging.getLogger(), {}
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     handlers = list(root.handlers)
     for name in ("rankonce", "uvicorn"):
         levels[name] = logging.getLogger(name).level
     yield
+    signal.signal(signal.SIGTERM, on_sigterm)
     root.handlers[:] = handlers
     for name, level in levels.items():
         logging.getLogger(name).setLevel(level)
@@ -66,6 +69,24 @@ def test_serve_answers_until_it_is_told_to_stop(tmp_path: Path) -> None:
     assert out == ""
     assert "rankonce.access: POST /v1/completions 200 request_id=" in log
     assert "Traceback" not in log
+
+
+def test_sigterm_stops_a_server_that_still_loads(tmp_path: Path) -> None:
+    # A model that never comes: opening a pipe that nobody writes to waits.
+    os.mkfifo(tmp_path / "config.json")
+    arguments = ["--model", str(tmp_path), "--port", "0", "--host", "0.0.0.0"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", COMMAND, *arguments], stderr=subprocess.PIPE, text=True
+    )
+    with process:
+        try:
+            assert process.stderr is not None
+            # The warning comes before the weights are read.
+            assert "ANYONE WHO REACHES" in process.stderr.readline()
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
 
 
 def test_answers_do_not_wait_for_nagle() -> None:
