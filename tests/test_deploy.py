@@ -177,3 +177,28 @@ def test_what_the_container_file_copies_is_there_and_not_ignored() -> None:
     }
     assert copied == let_in
     assert all((ROOT / name).exists() for name in copied)
+
+
+@pytest.mark.parametrize("page", ["operations.md", "security.md"])
+def test_the_pages_name_options_that_exist(page: str) -> None:
+    text = (ROOT / "docs" / page).read_text()
+    named = set(re.findall(r"`(--[a-z-]+)", text))
+    app = typer.Typer()
+    app.command()(serve)
+    known = {
+        option
+        for parameter in get_command(app).params
+        for option in (*parameter.opts, *parameter.secondary_opts)
+    }
+    # `--model=/models/NAME` and the like are named by their beginning.
+    assert named
+    assert named <= known
+
+
+def test_the_threat_model_names_tests_that_exist() -> None:
+    text = (ROOT / "docs" / "security.md").read_text()
+    paths = re.findall(r"`(tests/[\w/]+\.py)`", text)
+    assert len(paths) > 10
+    assert all((ROOT / path).exists() for path in paths)
+    short = re.findall(r"`(test_\w+\.py)`", text)
+    assert all((ROOT / "tests" / "serving" / name).exists() for name in short)
