@@ -10,6 +10,7 @@ RankOnceError
 ├── ShapeError              a tensor handed to a kernel with another shape or dtype
 ├── DataError               rows of a dataset or the input of a metric
 ├── TrainingError           a recipe or a run that cannot go on
+├── OperationsError         a file of API keys, or an address that a server cannot report to
 └── MissingDependencyError  a library that belongs to an extra
 
 Every message names the field and what would be right.
@@ -54,6 +55,10 @@ class DataError(RankOnceError):
 
 class TrainingError(RankOnceError):
     """A training run that cannot start or go on."""
+
+
+class OperationsError(RankOnceError):
+    """What the operator of a server gave it and it cannot use."""
 
 
 class MissingDependencyError(RankOnceError):

@@ -1,7 +1,12 @@
 """``rankonce serve``: scores over HTTP."""
 
+import ipaddress
 import logging
-from typing import Annotated
+import signal
+import threading
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,9 +26,23 @@ from rankonce.cli.options import (
 )
 from rankonce.errors import MissingDependencyError
 
+if TYPE_CHECKING:
+    from rankonce.serving.operations import OperationsConfig
+
+logger = logging.getLogger(__name__)
+
+
+class LogFormat(StrEnum):
+    """``rankonce.serving.logs.LogFormat``, which imports what an extra brings."""
+
+    TEXT = "text"
+    JSON = "json"
+
 
 def serve(
-    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option("--host", help="Address to listen on; see --api-keys for others.")
+    ] = "127.0.0.1",
     port: Annotated[
         int, typer.Option("--port", min=0, max=65_535, help="0 takes a free one.")
     ] = 8000,
@@ -63,6 +82,93 @@ def serve(
         list[str] | None,
         typer.Option(metavar="TASK", help="Read its instruction at the start; may be repeated."),
     ] = None,
+    max_candidates: Annotated[
+        int,
+        typer.Option(
+            "--max-candidates", min=1, help="Candidates, documents, items or prompts a question."
+        ),
+    ] = 10_000,
+    max_body_mb: Annotated[
+        int, typer.Option("--max-body-mb", min=1, help="Size of a question.")
+    ] = 32,
+    max_open_body_mb: Annotated[
+        int,
+        typer.Option("--max-open-body-mb", min=1, help="Size of all questions held at one time."),
+    ] = 512,
+    header_timeout: Annotated[
+        float,
+        typer.Option("--header-timeout", min=0.1, help="Seconds for the head of a question."),
+    ] = 10,
+    body_timeout: Annotated[
+        float,
+        typer.Option(
+            "--body-timeout", min=0.1, help="Seconds for its body, and one more every 100 kB."
+        ),
+    ] = 30,
+    write_timeout: Annotated[
+        float,
+        typer.Option("--write-timeout", min=0.1, help="Seconds that an answer may lie unread."),
+    ] = 30,
+    api_keys: Annotated[
+        Path | None,
+        typer.Option(
+            "--api-keys",
+            exists=True,
+            dir_okay=False,
+            help="File of API keys, a line name:key or name:sha256:DIGEST each.",
+            show_default="everybody may ask",
+        ),
+    ] = None,
+    requests_per_minute: Annotated[
+        int | None,
+        typer.Option(
+            "--requests-per-minute",
+            min=1,
+            help="Of each key whose line says nothing else.",
+            show_default="any number",
+        ),
+    ] = None,
+    tokens_per_minute: Annotated[
+        int | None,
+        typer.Option(
+            "--tokens-per-minute",
+            min=1,
+            help="Prompt tokens of each key whose line says nothing else.",
+            show_default="any number",
+        ),
+    ] = None,
+    open_metrics: Annotated[
+        bool, typer.Option("--open-metrics", help="Let everybody read /metrics despite keys.")
+    ] = False,
+    log_format: Annotated[
+        LogFormat, typer.Option("--log-format", help="Of the log on stderr.")
+    ] = LogFormat.TEXT,
+    log_bodies: Annotated[
+        bool, typer.Option("--log-bodies", help="Log what members wrote: questions, crashes.")
+    ] = False,
+    otlp_endpoint: Annotated[
+        str | None,
+        typer.Option(
+            "--otlp-endpoint",
+            metavar="URL",
+            help="OpenTelemetry collector for traces, such as http://localhost:4318.",
+            show_default="no traces",
+        ),
+    ] = None,
+    warm_up: Annotated[
+        bool,
+        typer.Option("--warm-up/--cold", help="Ask a question of every kind before /ready."),
+    ] = True,
+    drain_delay: Annotated[
+        float,
+        typer.Option(
+            "--drain-delay", min=0, help="Seconds to go on accepting, unready, after SIGTERM."
+        ),
+    ] = 0,
+    drain_timeout: Annotated[
+        float,
+        typer.Option("--drain-timeout", min=1, help="Seconds that running questions get then."),
+    ] = 30,
 ) -> None:
     """Serve scores over HTTP, to clients of OpenAI, SGLang, Cohere and Jina too.
 
@@ -70,15 +176,35 @@ def serve(
     """
     try:
         import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
-        raise MissingDependencyError(error.name or "fastapi", extra="serve") from error
+        library = (error.name or "fastapi").replace("_", "-")
+        raise MissingDependencyError(library, extra="serve") from error
     from rankonce.serving.app import open_listener, run_server
     from rankonce.serving.batcher import BatcherConfig
     from rankonce.serving.engine import ServerConfig
+    from rankonce.serving.keys import read_keys
+    from rankonce.serving.logs import configure_logs
+    from rankonce.serving.operations import OperationsConfig
 
-    # A server's log says how the model runs; uvicorn's has the same level.
-    logging.getLogger("rankonce").setLevel(logging.INFO)
+    configure_logs(log_format.value, log_bodies=log_bodies)
+    _stop_when_told()
+    operations = OperationsConfig(
+        keys=read_keys(api_keys) if api_keys else None,
+        requests_per_minute=requests_per_minute,
+        tokens_per_minute=tokens_per_minute,
+        open_metrics=open_metrics,
+        log_bodies=log_bodies,
+        otlp_endpoint=otlp_endpoint,
+        header_timeout_s=header_timeout,
+        body_timeout_s=body_timeout,
+        write_timeout_s=write_timeout,
+        max_open_body_mb=max_open_body_mb,
+        warm_up=warm_up,
+        drain_delay_s=drain_delay,
+        drain_timeout_s=drain_timeout,
+    )
     config = ServerConfig(
         host=host,
         port=port,
@@ -88,7 +214,10 @@ def serve(
         ),
         result_cache_pairs=result_cache_pairs,
         pinned_tasks=tuple(pin_task or ()),
+        max_candidates=max_candidates,
+        max_body_mb=max_body_mb,
     )
+    _warn_of_exposure(host, operations)
     # A taken port should be known before the weights are read.
     listener = open_listener(config)
     ranker = load_ranker(
@@ -107,7 +236,36 @@ def serve(
     listener.listen()
     shown = f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{listener.getsockname()[1]}"
-    typer.echo(
-        f"serving {ranker.model.name} on {address}, the interface is at {address}/docs", err=True
+    # A line of the log like any other, so that whoever reads JSON lines can read it too.
+    logger.info(
+        "serving %s on %s, the interface is at %s/docs", ranker.model.name, address, address
     )
-    run_server(ranker, config, listener)
+    if not run_server(ranker, config, listener, operations):
+        raise typer.Exit(1)
+
+
+def _stop_when_told() -> None:
+    """Stop on SIGTERM while the model loads; the first process of a container ignores it else."""
+
+    def stop(*_: object) -> None:
+        raise SystemExit(0)
+
+    # The server has a handler of its own, and leaves this one behind.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, stop)
+
+
+def _warn_of_exposure(host: str, operations: "OperationsConfig") -> None:
+    """Say loudly what others on the network can do."""
+    try:
+        is_loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        is_loopback = host == "localhost"
+    if not is_loopback and operations.keys is None:
+        logger.warning(
+            "ANYONE WHO REACHES %s MAY ASK THIS SERVER: there are no API keys, give them with "
+            "--api-keys FILE",
+            host,
+        )
+    if operations.log_bodies:
+        logger.warning("THE LOG SHOWS WHAT MEMBERS WROTE: --log-bodies is on")

@@ -1,19 +1,21 @@
 """The routes, and the start of the server."""
 
-import copy
+import asyncio
 import gc
+import logging
 import socket
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI
-from uvicorn.config import LOGGING_CONFIG
+from fastapi import FastAPI, Response
+from pydantic import BaseModel
 
 from rankonce import __version__
 from rankonce.ranker import Ranker
+from rankonce.serving.admission import METRICS_PATH, Admission
 from rankonce.serving.answers import (
     ChatAnswer,
     CompletionAnswer,
@@ -26,8 +28,13 @@ from rankonce.serving.answers import (
     RerankAnswer,
     ScoreAnswer,
 )
+from rankonce.serving.connections import bounded_protocol
 from rankonce.serving.engine import Engine, ServerConfig
+from rankonce.serving.exchanges import current_salt
 from rankonce.serving.failures import JsonRoute, answer_failures
+from rankonce.serving.lifecycle import DrainingServer, Lifecycle, Phase
+from rankonce.serving.metrics import CONTENT_TYPE, EngineState, Metrics
+from rankonce.serving.operations import OperationsConfig
 from rankonce.serving.schemas import (
     ChatBody,
     CompletionBody,
@@ -36,26 +43,62 @@ from rankonce.serving.schemas import (
     RerankBody,
     ScoreBody,
 )
+from rankonce.serving.tracing import open_tracing
+from rankonce.serving.warm_up import warm_up
+
+logger = logging.getLogger(__name__)
 
 _REFUSALS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorAnswer, "description": "The question cannot be answered; param says why."},
+    401: {"model": ErrorAnswer, "description": "There is no API key, or one unknown here."},
     404: {"model": ErrorAnswer, "description": "Another model is served."},
+    408: {"model": ErrorAnswer, "description": "The body takes its time."},
     413: {"model": ErrorAnswer, "description": "Too many candidates, or too many bytes."},
-    429: {"model": ErrorAnswer, "description": "Too many questions wait; Retry-After says when."},
+    429: {"model": ErrorAnswer, "description": "Too many; Retry-After says when to come back."},
     500: {"model": ErrorAnswer, "description": "The server failed."},
-    503: {"model": ErrorAnswer, "description": "The deadline cannot be met."},
+    503: {"model": ErrorAnswer, "description": "Not now; Retry-After says when to come back."},
 }
 
 
-def create_app(ranker: Ranker, config: ServerConfig | None = None) -> FastAPI:
-    """Build the application around a ranker, which belongs to it from then on."""
+class Readiness(BaseModel):
+    """Whether the server should get traffic, and if not, why."""
+
+    status: Phase
+
+
+def create_app(
+    ranker: Ranker,
+    config: ServerConfig | None = None,
+    operations: OperationsConfig | None = None,
+) -> FastAPI:
+    """Build the application around a ranker, which belongs to it from then on.
+
+    Its ``state.lifecycle`` tells the phase it is in.
+    """
     config = config or ServerConfig()
+    operations = operations or OperationsConfig()
     engine = Engine(ranker, config)
+    lifecycle = Lifecycle()
+    metrics = Metrics(version=__version__, model=engine.model_name)
+    engine.observations.subscribe(metrics)
+    metrics.watch(
+        EngineState(
+            model=engine.model_name, queue=lambda: engine.queue, caches=lambda: engine.caches
+        )
+    )
+    tracing = None
+    if operations.otlp_endpoint is not None:
+        tracing = open_tracing(operations.otlp_endpoint, version=__version__)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         async with engine.running():
+            warming_up = asyncio.create_task(_warm_up(engine, lifecycle, operations))
             yield
+            warming_up.cancel()
+            await asyncio.gather(warming_up, return_exceptions=True)
+        if tracing is not None:
+            await asyncio.to_thread(tracing.close)
 
     app = FastAPI(
         title="RankOnce",
@@ -67,10 +110,45 @@ def create_app(ranker: Ranker, config: ServerConfig | None = None) -> FastAPI:
     app.router.route_class = JsonRoute
     app.state.max_body_bytes = config.max_body_mb * 1_000_000
     app.state.engine = engine
+    app.state.lifecycle = lifecycle
+    app.add_middleware(
+        Admission, config=operations, lifecycle=lifecycle, metrics=metrics, tracing=tracing
+    )
     answer_failures(app)
+    _add_operations(app, metrics, lifecycle)
     _add_information(app, engine)
     _add_scoring(app, engine)
     return app
+
+
+async def _warm_up(engine: Engine, lifecycle: Lifecycle, operations: OperationsConfig) -> None:
+    try:
+        if operations.warm_up:
+            await warm_up(engine)
+            # What is there now lives as long as the process: the collector need not look at it
+            # again.
+            gc.collect()
+            gc.freeze()
+    except Exception:  # whatever it is, clients would meet it as well
+        logger.exception("the warm-up failed: this server is not ready")
+        lifecycle.fail()
+        return
+    lifecycle.finish_warm_up()
+
+
+def _add_operations(app: FastAPI, metrics: Metrics, lifecycle: Lifecycle) -> None:
+    @app.get("/ready", responses={503: {"model": Readiness, "description": "Not now."}})
+    async def ready(response: Response) -> Readiness:
+        """Say whether the server should get traffic."""
+        if lifecycle.phase is not Phase.READY:
+            response.status_code = 503
+        return Readiness(status=lifecycle.phase)
+
+    @app.get(METRICS_PATH, response_class=Response)
+    async def read_metrics() -> Response:
+        """Tell what the server did, for Prometheus."""
+        metrics.ready.set(lifecycle.phase is Phase.READY)
+        return Response(metrics.write(), media_type=CONTENT_TYPE)
 
 
 def _add_information(app: FastAPI, engine: Engine) -> None:
@@ -86,7 +164,7 @@ def _add_information(app: FastAPI, engine: Engine) -> None:
 
     @app.get("/health")
     async def health() -> Health:
-        """Say that the server takes questions."""
+        """Say that the process lives."""
         return Health(model=engine.model_name)
 
     @app.get("/v1/models")
@@ -104,34 +182,34 @@ def _add_scoring(app: FastAPI, engine: Engine) -> None:
     @app.post("/v1/rank", responses=_REFUSALS)
     async def rank(body: RankBody) -> RankAnswer:
         """Score the candidates of one request for a task."""
-        return await engine.rank(body)
+        return await engine.rank(body, cache_salt=current_salt())
 
     @app.post("/v1/prefixes", responses=_REFUSALS)
     async def prefixes(body: PrefixBody) -> PrefixAnswer:
         """Read a member's history before the candidates are known."""
-        return await engine.prepare_prefix(body)
+        return await engine.prepare_prefix(body, cache_salt=current_salt())
 
     @app.post("/v1/score", responses=_REFUSALS)
     async def score(body: ScoreBody) -> ScoreAnswer:
         """Give the probabilities of labels after query and item, in SGLang's form."""
-        return await engine.score(body)
+        return await engine.score(body, cache_salt=current_salt())
 
     @app.post("/v2/rerank", responses=_REFUSALS, response_model_exclude_none=True)
     @app.post("/rerank", responses=_REFUSALS, response_model_exclude_none=True)
     @app.post("/v1/rerank", responses=_REFUSALS, response_model_exclude_none=True)
     async def rerank(body: RerankBody) -> RerankAnswer:
         """Order documents by relevance, in the form of Cohere and Jina."""
-        return await engine.rerank(body)
+        return await engine.rerank(body, cache_salt=current_salt())
 
     @app.post("/v1/completions", responses=_REFUSALS)
     async def completions(body: CompletionBody) -> CompletionAnswer:
         """Read the next token of one or many prompts, in OpenAI's form."""
-        return await engine.complete(body)
+        return await engine.complete(body, cache_salt=current_salt())
 
     @app.post("/v1/chat/completions", responses=_REFUSALS)
     async def chat(body: ChatBody) -> ChatAnswer:
         """Read the first token of the answer to a conversation, in OpenAI's form."""
-        return await engine.chat(body)
+        return await engine.chat(body, cache_salt=current_salt())
 
 
 def open_listener(config: ServerConfig) -> socket.socket:
@@ -154,15 +232,37 @@ def open_listener(config: ServerConfig) -> socket.socket:
     return listener
 
 
-def run_server(ranker: Ranker, config: ServerConfig, listener: socket.socket) -> None:
-    """Serve until the process is told to stop; logs go to stderr."""
-    log_config = copy.deepcopy(LOGGING_CONFIG)
-    log_config["handlers"]["access"]["stream"] = "ext://sys.stderr"
-    server = uvicorn.Server(
-        uvicorn.Config(create_app(ranker, config), log_config=log_config, ws="none")
+def run_server(
+    ranker: Ranker,
+    config: ServerConfig,
+    listener: socket.socket,
+    operations: OperationsConfig | None = None,
+) -> bool:
+    """Serve until the process is told to stop, and finish what runs then.
+
+    Returns:
+        Whether the server could answer; its log says why not.
+    """
+    operations = operations or OperationsConfig()
+    app = create_app(ranker, config, operations)
+    lifecycle: Lifecycle = app.state.lifecycle
+    server = DrainingServer(
+        uvicorn.Config(
+            app,
+            http=bounded_protocol(
+                header_timeout_s=operations.header_timeout_s,
+                write_timeout_s=operations.write_timeout_s,
+            ),
+            # The process has its handlers already, and the application logs every question itself.
+            log_config=None,
+            access_log=False,
+            ws="none",
+            # uvicorn counts whole seconds, and 0 would wait for ever.
+            timeout_graceful_shutdown=max(1, round(operations.drain_timeout_s)),
+            server_header=False,
+        ),
+        lifecycle,
+        drain_delay_s=operations.drain_delay_s,
     )
-    # The model's objects live as long as the process: the collector need not look at them again.
-    gc.collect()
-    gc.freeze()
-    with suppress(KeyboardInterrupt):
-        server.run(sockets=[listener])
+    server.run(sockets=[listener])
+    return lifecycle.phase is not Phase.FAILED

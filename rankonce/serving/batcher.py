@@ -12,7 +12,8 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass
+from contextvars import Context, copy_context
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import TypeVar
 
@@ -75,10 +76,11 @@ class Terms:
 
 @dataclass(kw_only=True, eq=False)
 class _Waiting:
-    """A question and whoever waits for it."""
+    """A question and whoever waits for it, in whose context its stages are observed."""
 
     question: Question
     answer: "asyncio.Future[list[RawScores]]"
+    context: Context = field(default_factory=copy_context)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -345,8 +347,9 @@ class Batcher:
     def _answer(self, waiting: _Waiting, result: list[RawScores] | Exception, now: float) -> None:
         question = waiting.question
         started = now if question.started is None else question.started
-        self.observations.on_stage(Stage.WAIT, started - question.arrived)
-        self.observations.on_stage(Stage.FORWARD, now - started)
+        observe = self.observations.on_stage
+        waiting.context.run(observe, Stage.WAIT, started - question.arrived)
+        waiting.context.run(observe, Stage.FORWARD, now - started)
         if waiting.answer.done():
             return
         if isinstance(result, Exception):

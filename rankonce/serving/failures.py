@@ -22,6 +22,7 @@ from rankonce.errors import (
     TaskError,
 )
 from rankonce.records import describe_faults
+from rankonce.serving.exchanges import count_tokens, current_exchange
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,19 @@ class TooLargeError(ServingError):
         super().__init__(413, message, code="request_too_large")
 
 
+class UnauthorizedError(ServingError):
+    """No key, or one that the server does not know."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            401,
+            "the question should carry an API key that this server knows, as Authorization: "
+            "Bearer KEY or as X-API-Key: KEY",
+            code="invalid_api_key",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
+
+
 class LaterError(ServingError):
     """A question that may be asked again, but not now.
 
@@ -65,6 +79,19 @@ class LaterError(ServingError):
     def __init__(self, status: int, message: str, *, code: str, wait_s: float) -> None:
         headers = {"Retry-After": str(max(1, math.ceil(wait_s)))}
         super().__init__(status, message, code=code, headers=headers)
+
+
+class TooSlowError(ServingError):
+    """A body that takes its time."""
+
+    def __init__(self) -> None:
+        # What is left of the body would stand where the next question should begin.
+        super().__init__(
+            408,
+            "the body should be sent without delay",
+            code="request_timeout",
+            headers={"Connection": "close"},
+        )
 
 
 class BoundedRequest(Request):
@@ -106,6 +133,9 @@ class BoundedRequest(Request):
 class JsonRoute(APIRoute):
     """A route that reads its body as ``BoundedRequest`` does, and survives a crash of its own."""
 
+    def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
+        super().__init__(path, count_tokens(endpoint), **options)
+
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Wrap the handler that FastAPI builds."""
         handle = super().get_route_handler()
@@ -117,7 +147,7 @@ class JsonRoute(APIRoute):
             except (HTTPException, RequestValidationError, RankOnceError):
                 raise
             except Exception:  # a bug; it should cost neither the connection nor a secret
-                logger.exception("%s %s crashed", request.method, request.url.path)
+                logger.exception("%s %s crashed", request.method, self.path)
                 return _answer(500, "the server failed; its log says why")
 
         return handle_bounded
@@ -147,6 +177,11 @@ async def _while_connected(
         watching.cancel()
 
 
+def refuse(error: ServingError) -> Response:
+    """Answer what is refused before it reaches a route."""
+    return _answer(error.status_code, error.detail, code=error.code, headers=error.headers)
+
+
 def answer_failures(app: FastAPI) -> None:
     """Put the handlers on an app; they are tried from the class of the error upwards."""
     for kind, handler in _HANDLERS.items():
@@ -164,6 +199,9 @@ def _answer(
     kind = "server_error" if status >= 500 else "invalid_request_error"
     if status == 429:
         kind = "rate_limit_error"
+    exchange = current_exchange()
+    if exchange is not None:
+        exchange.code = code or kind
     error = {
         "message": message,
         "type": kind,
