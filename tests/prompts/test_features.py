@@ -15,6 +15,7 @@ from rankonce.prompts.features import (
     PastEvents,
     Questions,
     co_liked_neighbours,
+    count_before,
     expected_share,
     genre_affinity,
     genre_rates,
@@ -189,6 +190,32 @@ def test_a_number_equals_a_slow_count(name: str, events: list[tuple[int, ...]]) 
     found = FEATURES[name](build_past(events), build_questions(events))
     expected = [slow_number(name, events, one) for one in events]
     np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1, -3, 2**58 + 1])
+def test_ids_of_any_size_count_the_same(scale: int) -> None:
+    random = np.random.default_rng(0)
+    events = [tuple(map(int, one)) for one in random.integers([5, 7, 30, 2], size=(63, 4)) % 8]
+    events = [(member, item, moment, like % 2) for member, item, moment, like in events]
+    named = [(member * scale, item * scale, *rest) for member, item, *rest in events]
+    for name in SLOW:
+        found = FEATURES[name](build_past(named), build_questions(named))
+        expected = [slow_number(name, events, one) for one in events]
+        np.testing.assert_allclose(found, expected, rtol=1e-12, err_msg=name)
+
+
+@given(events=EVENTS, asked=EVENTS)
+@settings(deadline=None, max_examples=100)
+def test_a_count_is_of_the_events_before_it(
+    events: list[tuple[int, ...]], asked: list[tuple[int, ...]]
+) -> None:
+    _, keys, moments, likes = (ints(column) for column in zip(*events, strict=True))
+    _, query_keys, query_moments, _ = (ints(column) for column in zip(*asked, strict=True))
+    # Keys of the queries that no event has, lower and higher ones among them.
+    found = count_before(keys, moments, likes, 2 * query_keys - 3, query_moments)
+    for place, (_, key, moment, _) in enumerate(asked):
+        before = [e for e in events if e[1] == 2 * key - 3 and e[2] < moment]
+        assert (found[0][place], found[1][place]) == (len(before), sum(e[3] for e in before))
 
 
 def test_popularity_is_the_percentile_in_the_last_period_in_which_anything_happened() -> None:

@@ -14,6 +14,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate, islice
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,19 @@ class FilmData:
         rows = self.by_member[user]
         return rows[: bisect_left(rows, time, key=itemgetter(2))]
 
+    def mean_before(self, user: int, time: int) -> float | None:
+        """The mean of the member's ratings before a moment, ``None`` where there is none."""
+        count = len(self.before(user, time))
+        return self._rating_sums[user][count - 1] / count if count else None
+
+    @cached_property
+    def _rating_sums(self) -> dict[int, list[float]]:
+        # Halves are added without rounding, whatever the order.
+        return {
+            user: list(accumulate(rating for _, rating, _ in rows))
+            for user, rows in self.by_member.items()
+        }
+
     def draw_others(
         self, user: int, time: int, count: int, random: np.random.Generator, besides: Sequence[int]
     ) -> list[int]:
@@ -156,6 +170,10 @@ def film_examples_by_member(
     data, made = FilmData(folder), FILM_TASKS[task]
     asked = [a for a in made.ask(data, np.random.default_rng(seed)) if a.films]
     numbers = _numbers(data, asked)
+    items = {
+        film: Item(fields={name: value for name, value in fields.items() if name in made.event})
+        for film, fields in data.films.items()
+    }
     row = 0
     for number, one in enumerate(asked):
         rows = range(row, row + len(one.films))
@@ -165,7 +183,7 @@ def film_examples_by_member(
             id=f"{task}-{number}",
             time=float(one.time),
             profile={**one.profile, **_pick(made.profile, numbers, rows[0])},
-            history=_history(data, one, made),
+            history=_history(data, one, made, items),
             candidates=tuple(
                 Item(
                     id=str(film),
@@ -202,7 +220,9 @@ def _numbers(data: FilmData, asked: Sequence[Asked]) -> dict[str, list[Any]]:
         prior = past["global_share"].to_numpy()
         share = smoothed_share(likes, count, prior=prior, strength=_STRENGTH)
         shares[of] = [s if c else None for s, c in zip(share.tolist(), count.tolist(), strict=True)]
-    means = [mean for one in asked for mean in [_mean_before(data, one)] * len(one.films)]
+    means = [
+        mean for one in asked for mean in [data.mean_before(one.user, one.time)] * len(one.films)
+    ]
     return {
         "num_raters": past["item_count"].to_list(),
         "like_share": shares["item"],
@@ -215,25 +235,26 @@ def _numbers(data: FilmData, asked: Sequence[Asked]) -> dict[str, list[Any]]:
     }
 
 
-def _mean_before(data: FilmData, one: Asked) -> float | None:
-    before = data.before(one.user, one.time)
-    return sum(rating for _, rating, _ in before) / len(before) if before else None
-
-
 def _film_age(film: Mapping[str, Value], time: int) -> float | None:
     """Seconds since the year in a title's last brackets began."""
     year = re.search(r"\((\d{4})\)\s*$", str(film["title"]))
     return max(0.0, time - (int(year.group(1)) - 1970) * _YEAR) if year else None
 
 
-def _history(data: FilmData, one: Asked, made: FilmTask) -> tuple[Event, ...]:
+def _history(
+    data: FilmData, one: Asked, made: FilmTask, items: Mapping[int, Item]
+) -> tuple[Event, ...]:
     if made.action is None:
         return ()
-    events: list[Event] = []
-    for film, rating, time in reversed(data.before(one.user, one.time)):
-        if len(events) < _MAX_EVENTS and (word := made.action(rating)):
-            fields = {name: value for name, value in data.films[film].items() if name in made.event}
-            events.append(Event(item=Item(fields=fields), action=word, time=float(time)))
+    told = (
+        (film, word, time)
+        for film, rating, time in reversed(data.before(one.user, one.time))
+        if (word := made.action(rating))
+    )
+    events = [
+        Event(item=items[film], action=word, time=float(time))
+        for film, word, time in islice(told, _MAX_EVENTS)
+    ]
     return tuple(events[::-1])
 
 
