@@ -23,7 +23,7 @@ from rankonce.prompts.features import count_before
 
 # The prompt holds fewer events than this.
 _MAX_HISTORY = 60
-_LIKE, _DISLIKE = 4.0, 3.0
+LIKE, DISLIKE = 4.0, 3.0
 # What films' and members' deviations are shrunk by.
 _FILM_STRENGTH, _MEMBER_STRENGTH, _ROUNDS = 3.0, 10.0, 6
 _COLUMNS = ("user_id", "item_id", "label", "timestamp", "history_ids")
@@ -38,14 +38,28 @@ def read_ml_small(folder: Path) -> tuple[pl.DataFrame, pl.DataFrame]:
     Raises:
         DataError: a file or a column is missing.
     """
+    ratings, items = read_ratings(folder)
+    rows = label_likes(ratings, "rating")
+    return add_histories(rows, rows), items
+
+
+def read_ratings(folder: Path) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Read ratings (user_id, item_id, rating, timestamp) and items.
+
+    Raises:
+        DataError: a file or a column is missing.
+    """
     ratings, items = read_rows(folder / "ratings.parquet"), read_rows(folder / "items.parquet")
     if missing := {"user_id", "item_id", "rating", "timestamp"} - set(ratings.columns):
         raise DataError(f"ratings: should have the columns {', '.join(sorted(missing))}")
-    clear = ratings.filter((pl.col("rating") >= _LIKE) | (pl.col("rating") <= _DISLIKE))
-    rows = clear.with_columns(label=(pl.col("rating") >= _LIKE).cast(pl.Int8)).sort(
-        "timestamp", "user_id", "item_id"
-    )
-    return add_histories(rows, rows), items
+    return ratings, items
+
+
+def label_likes(ratings: pl.DataFrame, stars: str) -> pl.DataFrame:
+    """Label likes 1 and dislikes 0, without what lies between, in the order of time."""
+    clear = ratings.filter((pl.col(stars) >= LIKE) | (pl.col(stars) <= DISLIKE))
+    labelled = clear.with_columns(label=(pl.col(stars) >= LIKE).cast(pl.Int8))
+    return labelled.sort("timestamp", "user_id", "item_id")
 
 
 def leave_out_members(ratings: pl.DataFrame, *, since: int, until: int) -> pl.DataFrame:

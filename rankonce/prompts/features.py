@@ -18,7 +18,7 @@ from rankonce.errors import DataError
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
-WEEK, MONTH = 7 * 86_400, 30 * 86_400
+WEEK, MONTH, YEAR = 7 * 86_400, 30 * 86_400, 31_556_952
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +120,36 @@ def popularity_percentile(past: PastEvents, asked: Questions, *, period_s: int) 
         own = np.where(items[found] == asked.items[of], counts[found], 0)
         below = np.searchsorted(np.sort(counts), own)
         percentiles[of] = 100.0 * below / len(items)
+    return percentiles
+
+
+def standing_percentile(
+    past: PastEvents, asked: Questions, *, num_items: int, period_s: int
+) -> Floats:
+    """Percentile (0..100) of each item's events among all items until its period began.
+
+    Unlike ``popularity_percentile`` everything until then counts, and items without an event are
+    ranked too. nan where nothing had happened.
+
+    Args:
+        num_items: all that could have an event.
+        period_s: length of a period, such as ``YEAR``; they follow one another from the epoch on.
+
+    Raises:
+        DataError: the period is not above 0.
+    """
+    if period_s <= 0:
+        raise DataError(f"period_s: should be above 0, is {period_s}")
+    begun = asked.moments // period_s * period_s
+    own, _ = count_before(past.items, past.moments, past.likes, asked.items, begun)
+    percentiles = np.full(len(begun), np.nan)
+    for moment in np.unique(begun):
+        _, counts = np.unique(past.items[past.moments < moment], return_counts=True)
+        if len(counts):
+            of = begun == moment
+            below = np.searchsorted(np.sort(counts), own[of])
+            below += np.where(own[of] > 0, num_items - len(counts), 0)
+            percentiles[of] = 100.0 * below / num_items
     return percentiles
 
 

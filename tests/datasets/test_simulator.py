@@ -24,6 +24,7 @@ from rankonce.datasets.domains.platform import (
 )
 from rankonce.datasets.domains.posts import POSTS
 from rankonce.datasets.domains.songs import SONGS, SongsConfig
+from rankonce.datasets.rating_examples import RATING_TASKS
 from rankonce.datasets.simulator import (
     Scene,
     SimulatorConfig,
@@ -48,7 +49,7 @@ by_task = pytest.mark.parametrize(
     ("domain", "task"), SIMULATED_TASKS, ids=[task for _, task in SIMULATED_TASKS]
 )
 by_domain = pytest.mark.parametrize("domain", SIMULATED, ids=lambda domain: domain.name)
-FILM_NAMES = ["movie-like", *FILM_TASKS]
+FILM_NAMES = [*RATING_TASKS, *FILM_TASKS]
 
 
 def small(domain: Domain, **changes: Any) -> SimulatorConfig:

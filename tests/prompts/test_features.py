@@ -26,6 +26,7 @@ from rankonce.prompts.features import (
     popularity_percentile,
     recency,
     smoothed_share,
+    standing_percentile,
 )
 
 GENRES = {0: ["Drama"], 1: ["Drama", "Crime"], 2: [], 3: ["Crime", "Comedy"]}
@@ -93,6 +94,7 @@ FEATURES: dict[str, Callable[[PastEvents, Questions], np.ndarray]] = {
     "overall share": overall_share,
     "expected share": expected_of,
     "popularity": lambda past, asked: popularity_percentile(past, asked, period_s=2),
+    "standing": lambda past, asked: standing_percentile(past, asked, num_items=5, period_s=2),
     "recency": recency,
     "genre affinity": affinity_of,
     "neighbours who met it": neighbours_of("counts"),
@@ -160,6 +162,10 @@ def slow_number(name: str, events: list[tuple[int, ...]], one: tuple[int, ...]) 
             return sum(e[3] for e in own)
         case "overall share":
             return overall
+        case "standing":
+            until = [e[1] for e in events if e[2] < moment // 2 * 2]
+            above = sum(until.count(other) < until.count(item) for other in range(5))
+            return 20.0 * above if until else np.nan
         case "recency":
             return moment - max(e[2] for e in of_item) if of_item else np.nan
         case "neighbours who met it":
@@ -195,8 +201,7 @@ def test_a_number_equals_a_slow_count(name: str, events: list[tuple[int, ...]]) 
 @pytest.mark.parametrize("scale", [1, -3, 2**58 + 1])
 def test_ids_of_any_size_count_the_same(scale: int) -> None:
     random = np.random.default_rng(0)
-    events = [tuple(map(int, one)) for one in random.integers([5, 7, 30, 2], size=(63, 4)) % 8]
-    events = [(member, item, moment, like % 2) for member, item, moment, like in events]
+    events = [tuple(map(int, one)) for one in random.integers([4, 5, 9, 2], size=(63, 4))]
     named = [(member * scale, item * scale, *rest) for member, item, *rest in events]
     for name in SLOW:
         found = FEATURES[name](build_past(named), build_questions(named))
@@ -267,5 +272,7 @@ def test_impossible_settings_are_refused() -> None:
     past, asked = build_past([(1, 1, 1, 1)]), build_questions([(1, 1, 1, 1)])
     with pytest.raises(DataError, match="period_s"):
         popularity_percentile(past, asked, period_s=0)
+    with pytest.raises(DataError, match="period_s"):
+        standing_percentile(past, asked, num_items=1, period_s=0)
     with pytest.raises(DataError, match="strength: should be above 0"):
         smoothed_share(ints([0]), ints([0]), prior=0.5, strength=0)

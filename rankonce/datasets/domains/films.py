@@ -22,11 +22,16 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from rankonce.datasets.ml_small import read_ml_small
-from rankonce.datasets.movielens import movie_examples, movie_rows, read_films, read_rows
-from rankonce.datasets.statistics import statistics_from
-from rankonce.errors import DataError
-from rankonce.prompts.features import smoothed_share
+from rankonce.datasets.ml_small import read_ratings
+from rankonce.datasets.movielens import read_films, read_rows
+from rankonce.datasets.rating_examples import (
+    RATING_TASKS,
+    ExampleConfig,
+    Ratings,
+    rating_examples,
+)
+from rankonce.datasets.statistics import read_past, read_questions, statistics_from
+from rankonce.prompts.features import YEAR, smoothed_share, standing_percentile
 from rankonce.records import Event, Item, ScoreRequest, TrainingExample, Value
 
 _LIKE, _DISLIKE = 4.0, 2.0
@@ -36,7 +41,6 @@ _MAX_EVENTS = 40
 _NAMED = 3
 # With fewer raters than this a film counts as new.
 _FEW_RATERS = 5
-_YEAR = 31_556_952
 Rating = tuple[int, float, int]
 
 
@@ -74,10 +78,9 @@ class FilmData:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.ratings = read_rows(folder / "ratings.parquet").sort("timestamp", "user_id", "item_id")
-        if missing := {"user_id", "item_id", "rating", "timestamp"} - set(self.ratings.columns):
-            raise DataError(f"ratings: should have the columns {', '.join(sorted(missing))}")
-        self.films = read_films(read_rows(folder / "items.parquet"))
+        ratings, items = read_ratings(folder)
+        self.ratings = ratings.sort("timestamp", "user_id", "item_id")
+        self.films = read_films(items)
         self.by_member: dict[int, list[Rating]] = {}
         columns = self.ratings.select("user_id", "item_id", "rating", "timestamp")
         for user, film, rating, time in columns.iter_rows():
@@ -123,28 +126,6 @@ class FilmData:
     def _rated_by(self) -> dict[int, set[int]]:
         return {user: {film for film, _, _ in rows} for user, rows in self.by_member.items()}
 
-    def percentile(self, film: int, time: int) -> float:
-        """Popularity among all films at the beginning of the year of a moment."""
-        counts = self._counts_until(time // _YEAR)
-        place = np.searchsorted(counts["sorted"], counts["of"].get(film, 0))
-        return float(100.0 * place / max(1, len(counts["sorted"])))
-
-    def _counts_until(self, year: int) -> dict[str, Any]:
-        if year not in self._yearly:
-            end = int(np.searchsorted(self.times, year * _YEAR))
-            films, counts = np.unique(self.rated[:end], return_counts=True)
-            every = np.zeros(len(self.films), dtype=np.int64)
-            every[: len(counts)] = counts
-            self._yearly[year] = {
-                "of": dict(zip(films.tolist(), counts.tolist(), strict=True)),
-                "sorted": np.sort(every),
-            }
-        return self._yearly[year]
-
-    @cached_property
-    def _yearly(self) -> dict[int, dict[str, Any]]:
-        return {}
-
 
 def film_examples(task: str, folder: Path, *, seed: int = 0) -> Iterator[TrainingExample]:
     """Make the examples of a film task, member by member.
@@ -160,12 +141,11 @@ def film_examples_by_member(
     task: str, folder: Path, *, seed: int = 0
 ) -> Iterator[tuple[int, TrainingExample]]:
     """Make the examples of ``film_examples``, each with the user_id of its member."""
-    if task == "movie-like":
-        movies = movie_rows(*read_ml_small(folder))
-        users = movies.rows["user_id"].to_list()
-        for example in movie_examples(movies, candidates_per_example=_CANDIDATES):
-            # The candidates of this task bear the numbers of their rows.
-            yield users[int(str(example.request.candidates[0].id))], example
+    if task in RATING_TASKS:
+        config = ExampleConfig(
+            candidates_per_example=_CANDIDATES, max_history=_MAX_EVENTS, co_likes=True, seed=seed
+        )
+        yield from rating_examples(_read_ratings(folder), task, config)
         return
     data, made = FilmData(folder), FILM_TASKS[task]
     asked = [a for a in made.ask(data, np.random.default_rng(seed)) if a.films]
@@ -196,6 +176,17 @@ def film_examples_by_member(
         yield one.user, TrainingExample(request=request, labels=labels)
 
 
+def _read_ratings(folder: Path) -> Ratings:
+    ratings, items = read_ratings(folder)
+    fields = read_films(items)
+    known = ratings.filter(pl.col("item_id").is_in(list(fields)))
+    return Ratings(
+        rows=known.rename({"rating": "value"}).sort("user_id", "timestamp", "item_id"),
+        fields=fields,
+        names={film: str(film) for film in fields},
+    )
+
+
 def _pick(
     wanted: Mapping[str, str], numbers: Mapping[str, Sequence[Any]], row: int
 ) -> dict[str, Value]:
@@ -220,6 +211,9 @@ def _numbers(data: FilmData, asked: Sequence[Asked]) -> dict[str, list[Any]]:
         prior = past["global_share"].to_numpy()
         share = smoothed_share(likes, count, prior=prior, strength=_STRENGTH)
         shares[of] = [s if c else None for s, c in zip(share.tolist(), count.tolist(), strict=True)]
+    percentiles = standing_percentile(
+        read_past(data.likes), read_questions(rows), num_items=len(data.films), period_s=YEAR
+    )
     means = [
         mean for one in asked for mean in [data.mean_before(one.user, one.time)] * len(one.films)
     ]
@@ -230,7 +224,7 @@ def _numbers(data: FilmData, asked: Sequence[Asked]) -> dict[str, list[Any]]:
         "member_like_share": shares["user"],
         "genre_like_share": shares["user_genre"],
         "mean_rating": means,
-        "percentile": [data.percentile(film, time) for _, film, time in flat],
+        "percentile": [None if np.isnan(one) else one for one in percentiles.tolist()],
         "film_age": [_film_age(data.films[film], time) for _, film, time in flat],
     }
 
@@ -238,7 +232,7 @@ def _numbers(data: FilmData, asked: Sequence[Asked]) -> dict[str, list[Any]]:
 def _film_age(film: Mapping[str, Value], time: int) -> float | None:
     """Seconds since the year in a title's last brackets began."""
     year = re.search(r"\((\d{4})\)\s*$", str(film["title"]))
-    return max(0.0, time - (int(year.group(1)) - 1970) * _YEAR) if year else None
+    return max(0.0, time - (int(year.group(1)) - 1970) * YEAR) if year else None
 
 
 def _history(
@@ -256,14 +250,6 @@ def _history(
         for film, word, time in islice(told, _MAX_EVENTS)
     ]
     return tuple(events[::-1])
-
-
-def _stars(rating: float) -> int:
-    return min(5, max(1, int(rating + 0.5)))
-
-
-def _star_words(rating: float) -> str:
-    return f"{_stars(rating)} star{'s' if _stars(rating) > 1 else ''}"
 
 
 def _liked(rating: float) -> str | None:
@@ -351,20 +337,6 @@ def _search(data: FilmData, random: np.random.Generator) -> Iterator[Asked]:
         )
 
 
-def _similar(data: FilmData, random: np.random.Generator) -> Iterator[Asked]:
-    """A film that a member liked as the source; those liked next went with it."""
-    for user, rows in data.by_member.items():
-        liked = [row for row in rows if row[1] >= _LIKE]
-        for place in range(0, len(liked) - 1, _CANDIDATES):
-            source, _, time = liked[place]
-            later = [film for film, _, _ in liked[place + 1 : place + 1 + _CANDIDATES // 2]]
-            others = data.draw_others(user, time, len(later), random, [source])
-            films = [*((film, "Yes") for film in later), *((film, "No") for film in others)]
-            order = random.permutation(len(films)).tolist()
-            profile = {f"source_{name}": value for name, value in data.films[source].items()}
-            yield Asked(user=user, time=time, films=[films[i] for i in order], profile=profile)
-
-
 FILM_TASKS: Mapping[str, FilmTask] = {
     "movie-dislike": FilmTask(
         ask=_by_rating(lambda rating: "Yes" if rating <= _DISLIKE else "No"),
@@ -389,17 +361,8 @@ FILM_TASKS: Mapping[str, FilmTask] = {
         profile={"num_ratings": "num_ratings", "like_share": "member_like_share"},
         action=_liked,
     ),
-    "movie-rating": FilmTask(
-        ask=_by_rating(lambda rating: str(_stars(rating))),
-        candidate={"num_raters": "num_raters", "popularity": "percentile"},
-        profile={"num_ratings": "num_ratings", "mean_rating": "mean_rating"},
-        action=_star_words,
-    ),
     "movie-search": FilmTask(
         ask=_search,
         candidate={"num_raters": "num_raters", "like_share": "like_share"},
-    ),
-    "similar-item": FilmTask(
-        ask=_similar, action=lambda rating: "liked" if rating >= _LIKE else None
     ),
 }
