@@ -266,6 +266,11 @@ class Ranker:
         order = sorted(range(len(values)), key=lambda index: -values[index])
         ranks = {index: place + 1 for place, index in enumerate(order)}
         masses = None if raw.mass_C is None else raw.mass_C.exp().tolist()
+        # A text that stands twice may differ from itself in the last bit: its first value counts.
+        by_text: dict[tuple[int, ...], float] = {}
+        for segment, value in zip(tokens.segment_ids, values, strict=True):
+            by_text.setdefault(segment, value)
+        num_distinct = len(set(by_text.values()))
         return ScoreResult(
             id=request.id,
             task=task.name,
@@ -286,8 +291,8 @@ class Ranker:
                 cached_tokens=raw.cached_tokens,
                 separate_tokens=tokens.separate_tokens,
             ),
-            distinct_score_ratio=len(set(values)) / len(set(tokens.segment_ids)),
-            warnings=_warnings(prepared, values, masses),
+            distinct_score_ratio=num_distinct / len(by_text),
+            warnings=_warnings(prepared, len(by_text) - num_distinct, masses),
             adapter=tokens.adapter,
         )
 
@@ -297,7 +302,7 @@ class Ranker:
 
 
 def _warnings(
-    prepared: PreparedRequest, values: Sequence[float], masses: Sequence[float] | None
+    prepared: PreparedRequest, num_ties: int, masses: Sequence[float] | None
 ) -> tuple[str, ...]:
     warnings = []
     history = prepared.rendered.history
@@ -306,13 +311,8 @@ def _warnings(
             f"history: {len(history.dropped)} of {history.num_events} events were dropped by "
             f"policy {history.policy}"
         )
-    segments = prepared.rendered.tokens.segment_ids
-    by_value: Mapping[float, set[tuple[int, ...]]] = {value: set() for value in values}
-    for value, segment in zip(values, segments, strict=True):
-        by_value[value].add(segment)
-    collapsed = sum(len(texts) - 1 for texts in by_value.values())
-    if collapsed:
-        warnings.append(f"scores: {collapsed} different candidates share a score with another one")
+    if num_ties:
+        warnings.append(f"scores: {num_ties} different candidates share a score with another one")
     if masses is not None and min(masses) < _LOW_LABEL_MASS:
         warnings.append(
             f"labels: their probability in the whole vocabulary is as low as {min(masses):.2g}; "

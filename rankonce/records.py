@@ -205,7 +205,8 @@ class ScoreResult:
 
     Attributes:
         candidates: in the request's own order.
-        distinct_score_ratio: distinct values over candidates with distinct text; 1.0 is healthy.
+        distinct_score_ratio: distinct values over distinct candidates; 1.0 is healthy. Candidates
+            of one text count once, with the value of the first.
         warnings: what the caller should know, in words.
         adapter: the adapter that scored; ``None`` is the backbone alone.
     """
