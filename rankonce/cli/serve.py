@@ -1,6 +1,7 @@
 """``rankonce serve``: scores over HTTP."""
 
 import logging
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -35,6 +36,28 @@ def serve(
             show_default="the checkpoint's name",
         ),
     ] = None,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--data-dir",
+            help="Folder for files and batches; without it there are none.",
+            file_okay=False,
+        ),
+    ] = None,
+    max_batch_lines: Annotated[
+        int, typer.Option("--max-batch-lines", min=1, help="Lines of one batch.")
+    ] = 50_000,
+    max_file_mb: Annotated[
+        int, typer.Option("--max-file-mb", min=1, help="Size of an uploaded file.")
+    ] = 200,
+    batch_lines_in_flight: Annotated[
+        int,
+        typer.Option(
+            "--batch-lines-in-flight",
+            min=1,
+            help="Lines of batches that wait for the model at one time, beside live questions.",
+        ),
+    ] = 8,
     model: ModelOption = None,
     task_file: TaskFileOption = None,
     device: DeviceOption = None,
@@ -52,15 +75,27 @@ def serve(
     """
     try:
         import fastapi  # noqa: F401
+        import python_multipart  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise MissingDependencyError(error.name or "fastapi", extra="serve") from error
     from rankonce.serving.app import open_listener, run_server
+    from rankonce.serving.batches.config import BatchConfig
     from rankonce.serving.engine import ServerConfig
 
     # A server's log says how the model runs; uvicorn's has the same level.
     logging.getLogger("rankonce").setLevel(logging.INFO)
-    config = ServerConfig(host=host, port=port, served_model_name=served_model_name)
+    batches = None
+    if data_dir is not None:
+        batches = BatchConfig(
+            data_dir=data_dir,
+            max_lines=max_batch_lines,
+            max_file_mb=max_file_mb,
+            max_lines_in_flight=batch_lines_in_flight,
+        )
+    config = ServerConfig(
+        host=host, port=port, served_model_name=served_model_name, batches=batches
+    )
     # A taken port should be known before the weights are read.
     listener = open_listener(config)
     ranker = load_ranker(

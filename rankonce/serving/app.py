@@ -5,7 +5,7 @@ import gc
 import socket
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, nullcontext, suppress
 from typing import Any
 
 import uvicorn
@@ -25,6 +25,9 @@ from rankonce.serving.answers import (
     RerankAnswer,
     ScoreAnswer,
 )
+from rankonce.serving.batches.dispatch import Dispatcher
+from rankonce.serving.batches.routes import add_batches
+from rankonce.serving.batches.service import BatchService
 from rankonce.serving.engine import Engine, ServerConfig
 from rankonce.serving.failures import JsonRoute, answer_failures
 from rankonce.serving.schemas import ChatBody, CompletionBody, RankBody, RerankBody, ScoreBody
@@ -41,10 +44,16 @@ def create_app(ranker: Ranker, config: ServerConfig | None = None) -> FastAPI:
     """Build the application around a ranker, which belongs to it from then on."""
     config = config or ServerConfig()
     engine = Engine(ranker, config)
+    max_body_bytes = config.max_body_mb * 1_000_000
+    batches = None
+    if config.batches is not None:
+        batches = BatchService(
+            config.batches, Dispatcher(engine).submit, max_line_bytes=max_body_bytes
+        )
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        async with engine.running():
+        async with engine.running(), batches.running() if batches else nullcontext():
             yield
 
     app = FastAPI(
@@ -55,10 +64,11 @@ def create_app(ranker: Ranker, config: ServerConfig | None = None) -> FastAPI:
         redirect_slashes=False,
     )
     app.router.route_class = JsonRoute
-    app.state.max_body_bytes = config.max_body_mb * 1_000_000
+    app.state.max_body_bytes = max_body_bytes
     answer_failures(app)
     _add_information(app, engine)
     _add_scoring(app, engine)
+    add_batches(app, batches)
     return app
 
 

@@ -27,6 +27,7 @@ from rankonce.serving.answers import (
     rank_answer,
 )
 from rankonce.serving.batcher import Batcher
+from rankonce.serving.batches.config import BatchConfig
 from rankonce.serving.failures import ServingError, TooLargeError
 from rankonce.serving.logprobs import NextToken, next_tokens, write_chat, write_completion
 from rankonce.serving.packing import PackedPrompts, pack_prompts
@@ -53,6 +54,7 @@ class ServerConfig:
         served_model_name: what clients call the model; by default the checkpoint's name.
         max_candidates: candidates, documents, items or prompts of one question.
         max_body_mb: bound of a question's bytes, in MB.
+        batches: how files and batches are kept; without it there are none.
     """
 
     host: str = "127.0.0.1"
@@ -60,6 +62,7 @@ class ServerConfig:
     served_model_name: str | None = None
     max_candidates: int = 10_000
     max_body_mb: int = 32
+    batches: BatchConfig | None = None
 
 
 class Engine:

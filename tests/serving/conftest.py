@@ -11,6 +11,7 @@ import httpx
 import pytest
 import torch
 import uvicorn
+from fastapi import FastAPI
 from openai import OpenAI
 
 from rankonce.model.loading import prepare_model
@@ -46,11 +47,15 @@ class Served:
 @contextmanager
 def serving(ranker: Ranker, **options: Any) -> Iterator[httpx.Client]:
     """Serve a ranker with uvicorn in a thread of its own."""
-    config = ServerConfig(port=0, **options)
-    listener = open_listener(config)
-    server = uvicorn.Server(
-        uvicorn.Config(create_app(ranker, config), log_level="critical", ws="none")
-    )
+    with serving_app(create_app(ranker, ServerConfig(**options))) as client:
+        yield client
+
+
+@contextmanager
+def serving_app(app: FastAPI) -> Iterator[httpx.Client]:
+    """Serve an application in the same way."""
+    listener = open_listener(ServerConfig(port=0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", ws="none"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
