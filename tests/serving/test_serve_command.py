@@ -66,7 +66,7 @@ def test_a_taken_port_is_refused_before_the_model_is_loaded() -> None:
     assert port in str(result.exception)
 
 
-@pytest.mark.parametrize("library", ["fastapi", "uvicorn"])
+@pytest.mark.parametrize("library", ["fastapi", "uvicorn", "python_multipart"])
 def test_a_missing_library_is_named_with_its_extra(
     library: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -93,6 +93,10 @@ class BatchWorker:
                 await self._advance(batch_id)
                 break
             except Exception:  # a full disk, say: the batch waits for better times
+                task = asyncio.current_task()
+                # A task group that fails while it is cancelled raises its failure alone.
+                if task is None or task.cancelling():
+                    raise
                 logger.exception("%s stopped and goes on in %.1f s", batch_id, pause_s)
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)

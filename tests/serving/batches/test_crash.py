@@ -22,7 +22,7 @@ from tests.serving.batches.test_batches import same, without_ids
 ADDRESS = re.compile(r"http://127\.0\.0\.1:\d+")
 COMMAND = "import typer; from rankonce.cli.serve import serve; typer.run(serve)"
 URL = "/v1/completions"
-NUM_LINES = 157
+NUM_LINES = 121
 
 
 @contextmanager
@@ -93,13 +93,8 @@ def test_a_killed_server_loses_no_line_and_writes_none_twice(tmp_path: Path) -> 
         file = client.files.create(file=("q.jsonl", content.encode()), purpose="batch")
         batch = client.batches.create(input_file_id=file.id, endpoint=URL, completion_window="24h")
         kill_at(server, client, batch.id, 20)
-    first = num_results(data_dir)
-    assert 20 <= first < NUM_LINES
-    with process(model, data_dir) as (server, client):
-        kill_at(server, client, batch.id, first + 20)
-    second = num_results(data_dir)
-    assert first + 20 <= second < NUM_LINES
-    with process(model, data_dir) as (server, client):
+    assert 20 <= num_results(data_dir) < NUM_LINES
+    with process(model, data_dir) as (_, client):
         batch = wait_for_end(client, batch.id)
         uninterrupted = client.batches.create(
             input_file_id=file.id, endpoint=URL, completion_window="24h"
