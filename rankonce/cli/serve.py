@@ -81,6 +81,7 @@ def serve(
         raise MissingDependencyError(error.name or "fastapi", extra="serve") from error
     from rankonce.serving.app import open_listener, run_server
     from rankonce.serving.batches.config import BatchConfig
+    from rankonce.serving.batches.folder import DataFolder
     from rankonce.serving.engine import ServerConfig
 
     # A server's log says how the model runs; uvicorn's has the same level.
@@ -96,7 +97,9 @@ def serve(
     config = ServerConfig(
         host=host, port=port, served_model_name=served_model_name, batches=batches
     )
-    # A taken port should be known before the weights are read.
+    # A taken folder or port should be known before the weights are read.
+    if data_dir is not None:
+        DataFolder(data_dir).close()
     listener = open_listener(config)
     ranker = load_ranker(
         model,

@@ -3,6 +3,7 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import httpx
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 from rankonce.cli.serve import serve
 from rankonce.errors import MissingDependencyError
 from rankonce.serving.app import open_listener
+from rankonce.serving.batches.folder import DataFolder
 from rankonce.serving.engine import ServerConfig
 from tests.conftest import build_network, build_tokenizer
 
@@ -64,6 +66,14 @@ def test_a_taken_port_is_refused_before_the_model_is_loaded() -> None:
         result = CliRunner().invoke(app, ["--port", port, "--model", "no-such-folder"])
     assert isinstance(result.exception, OSError)
     assert port in str(result.exception)
+
+
+def test_a_taken_data_folder_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
+    arguments = ["--port", "0", "--model", "no-such-folder", "--data-dir", str(tmp_path)]
+    with closing(DataFolder(tmp_path)):
+        result = CliRunner().invoke(app, arguments)
+    assert isinstance(result.exception, OSError)
+    assert "another server uses it" in str(result.exception)
 
 
 @pytest.mark.parametrize("library", ["fastapi", "uvicorn", "python_multipart"])

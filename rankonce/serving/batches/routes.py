@@ -38,6 +38,10 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
     413: {"model": ErrorAnswer, "description": "Too many bytes."},
     500: {"model": ErrorAnswer, "description": "The server failed."},
 }
+_CONTENT = {
+    "description": "The bytes of the file.",
+    "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+}
 _FORM = {
     "requestBody": {
         "required": True,
@@ -161,7 +165,11 @@ def _add_files(app: FastAPI, service: BatchService | None) -> None:
         """Describe a file."""
         return file_answer(await _find_file(_on(service), file_id, request))
 
-    @app.get("/v1/files/{file_id}/content", responses=_REFUSALS, response_class=FileResponse)
+    @app.get(
+        "/v1/files/{file_id}/content",
+        responses={**_REFUSALS, 200: _CONTENT},
+        response_class=FileResponse,
+    )
     async def file_content(file_id: str, request: Request) -> FileResponse:
         """Give a file's content as it is."""
         file = await _find_file(_on(service), file_id, request)

@@ -1,5 +1,6 @@
 """Files come in, are listed, given back and deleted as OpenAI's are."""
 
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -159,3 +160,20 @@ def test_a_file_that_a_batch_reads_cannot_be_deleted(tmp_path: Path) -> None:
         keeper.openai.batches.cancel(batch.id)
         assert keeper.wait(batch.id).status == "cancelled"
         assert keeper.openai.files.delete(batch.input_file_id).deleted
+
+
+def test_an_upload_that_breaks_off_leaves_nothing(keeper: Keeper) -> None:
+    files = list(keeper.openai.files.list())
+    half = form(FILE, PURPOSE).replace(b"{}", b"M" * 100_000)[:50_000]
+    head = f"POST /v1/files HTTP/1.1\r\nHost: x\r\nContent-Type: {KIND['Content-Type']}\r\n"
+    address = (keeper.http.base_url.host, keeper.http.base_url.port or 0)
+    partial = keeper.folder / "partial"
+    with socket.create_connection(address) as connection:
+        connection.sendall(f"{head}Content-Length: 100200\r\n\r\n".encode() + half)
+        while not any(path.stat().st_size for path in partial.iterdir()):
+            time.sleep(0.01)
+    end = time.monotonic() + 10
+    while list(partial.iterdir()):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    assert list(keeper.openai.files.list()) == files

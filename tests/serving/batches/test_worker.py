@@ -1,4 +1,4 @@
-"""The worker over a real store, with answers made here: when, how often and in which order it asks."""
+"""The worker over a real store, with answers made here: when, how often and in what order."""
 
 import asyncio
 import json
