@@ -21,8 +21,10 @@ from rankonce.serving.batches.outputs import write_expired, write_outputs, write
 
 logger = logging.getLogger(__name__)
 
-# The server has too much to do, or is about to stop: nothing that a line could help.
+# The server has too much to do, or is about to stop: nothing that a line could help, ...
 _BUSY = (429, 503)
+# ... unless it set itself a time that is too short: asked again for ever, it would keep its slot.
+_TOO_SHORT = "deadline_exceeded"
 _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 60.0
 _SWEEP_S = 600.0
@@ -162,7 +164,7 @@ class BatchWorker:
     async def _ask(self, batch: Batch, body: Mapping[str, Any]) -> Reply | None:
         """Ask until the server has time; ``None`` when the batch is over before."""
         pause_s = _FIRST_PAUSE_S
-        while (reply := await self._submit(batch.endpoint, body)).status in _BUSY:
+        while _is_busy(reply := await self._submit(batch.endpoint, body)):
             rest_s = max(0.0, batch.expires_at - time.time())
             try:
                 async with asyncio.timeout(min(reply.retry_after_s or pause_s, rest_s)):
@@ -208,3 +210,7 @@ class BatchWorker:
             except Exception:  # the next sweep may do better
                 logger.exception("expired files stay for now")
             await asyncio.sleep(_SWEEP_S)
+
+
+def _is_busy(reply: Reply) -> bool:
+    return reply.status in _BUSY and reply.body.get("error", {}).get("code") != _TOO_SHORT

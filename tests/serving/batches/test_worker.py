@@ -149,6 +149,28 @@ def test_a_busy_server_is_asked_again(tmp_path: Path) -> None:
     assert set(asked.values()) == {3}
 
 
+def test_a_line_with_too_short_a_time_fails_alone(tmp_path: Path) -> None:
+    asked: Counter[int] = Counter()
+
+    async def submit(path: str, body: Mapping[str, Any]) -> Reply:
+        asked[body["n"]] += 1
+        if body["n"] == 1:
+            fault = {"error": {"code": "deadline_exceeded"}, "n": 1}
+            return Reply(status=503, body=fault, retry_after_s=0.01)
+        return await echo(path, body)
+
+    async def scenario() -> None:
+        async with running(tmp_path, submit, slots=1) as service:
+            batch_id = create(service, 4)
+            service.worker.start(batch_id)
+            batch = await wait(service, batch_id)
+            assert numbers(service, batch.output_file_id) == [0, 3]
+            assert numbers(service, batch.error_file_id) == [1, 2]
+
+    asyncio.run(scenario())
+    assert asked == {0: 1, 1: 1, 2: 1, 3: 1}
+
+
 @pytest.mark.parametrize("status", ["cancelled", "expired"])
 def test_a_batch_that_waits_for_a_busy_server_can_end(tmp_path: Path, status: str) -> None:
     async def submit(path: str, body: Mapping[str, Any]) -> Reply:
