@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import FastAPI, Query, Request
@@ -73,21 +74,22 @@ def add_batches(app: FastAPI, service: BatchService | None) -> None:
         """Score the lines of an uploaded file in the background."""
         found = _on(service)
         keep = body.output_expires_after
-        batch = await asyncio.to_thread(
-            found.batches.create,
-            owner=_owner(request),
-            endpoint=body.endpoint,
-            input_file_id=body.input_file_id,
-            completion_window=body.completion_window,
-            window_s=window_seconds(body.completion_window),
-            metadata=body.metadata,
-            keep_output_s=None if keep is None else keep.seconds,
+        batch = await found.start(
+            partial(
+                found.batches.create,
+                owner=_owner(request),
+                endpoint=body.endpoint,
+                input_file_id=body.input_file_id,
+                completion_window=body.completion_window,
+                window_s=window_seconds(body.completion_window),
+                metadata=body.metadata,
+                keep_output_s=None if keep is None else keep.seconds,
+            )
         )
         if batch is None:
             raise ServingError(
                 400, f"input_file_id: there is no file {body.input_file_id!r} of purpose batch"
             )
-        found.worker.start(batch.id)
         return batch_answer(batch)
 
     @app.get("/v1/batches", responses=_REFUSALS)
@@ -113,11 +115,10 @@ def add_batches(app: FastAPI, service: BatchService | None) -> None:
         """Stop a batch; lines that are finished stay."""
         found = _on(service)
         await _find_batch(found, batch_id, request)
-        is_cancelling = await asyncio.to_thread(found.batches.cancel, batch_id)
+        is_cancelling = await found.cancel(batch_id)
         batch = await _find_batch(found, batch_id, request)
         if not is_cancelling:
             raise ServingError(409, f"a batch that is {batch.status} cannot be cancelled")
-        found.worker.cancel(batch_id)
         return batch_answer(batch)
 
 
@@ -126,18 +127,18 @@ def _add_files(app: FastAPI, service: BatchService | None) -> None:
     async def upload_file(request: Request) -> FileAnswer:
         """Take a file of questions, one a line."""
         files, max_bytes = _on(service).files, _on(service).max_file_bytes
-        partial = files.new_partial()
+        incoming = files.new_partial()
         try:
-            upload = await receive_upload(request, partial, max_bytes=max_bytes)
+            upload = await receive_upload(request, incoming, max_bytes=max_bytes)
             file = await asyncio.to_thread(
                 files.add,
-                partial,
+                incoming,
                 owner=_owner(request),
                 filename=upload.filename,
                 keep_s=_read_fields(upload.fields),
             )
         finally:
-            partial.unlink(missing_ok=True)
+            incoming.unlink(missing_ok=True)
         return file_answer(file)
 
     @app.get("/v1/files", responses=_REFUSALS)

@@ -1,9 +1,10 @@
 """Files and batches over one data folder."""
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-from rankonce.serving.batches.batch_store import BatchStore
+from rankonce.serving.batches.batch_store import Batch, BatchStore
 from rankonce.serving.batches.config import BatchConfig
 from rankonce.serving.batches.database import Database
 from rankonce.serving.batches.dispatch import Submit
@@ -50,3 +51,25 @@ class BatchService:
         finally:
             self._database.close()
             self._folder.close()
+
+    async def start(self, create: Callable[[], Batch | None]) -> Batch | None:
+        """Create a batch and begin with it: both, even if its client goes away in between."""
+
+        async def create_and_begin() -> Batch | None:
+            batch = await asyncio.to_thread(create)
+            if batch is not None:
+                self.worker.start(batch.id)
+            return batch
+
+        return await asyncio.shield(create_and_begin())
+
+    async def cancel(self, batch_id: str) -> bool:
+        """Cancel a batch as ``BatchStore.cancel`` does, and tell it: both, as in ``start``."""
+
+        async def cancel_and_tell() -> bool:
+            is_cancelling = await asyncio.to_thread(self.batches.cancel, batch_id)
+            if is_cancelling:
+                self.worker.cancel(batch_id)
+            return is_cancelling
+
+        return await asyncio.shield(cancel_and_tell())

@@ -2,8 +2,9 @@
 
 import asyncio
 import json
+import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -233,6 +234,48 @@ def test_batches_take_turns_within_the_bound(tmp_path: Path) -> None:
     # The short batch does not wait for the long one.
     ends = [place for place, n in enumerate(order) if n == 9]
     assert max(ends) < 35
+
+
+def test_a_batch_whose_client_goes_away_begins_and_can_be_cancelled(tmp_path: Path) -> None:
+    async def give_up(step: Coroutine[Any, Any, Any], at_work: asyncio.Event) -> None:
+        task = asyncio.create_task(step)
+        await at_work.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    async def never(_: str, __: Mapping[str, Any]) -> Reply:
+        await asyncio.sleep(0.01)
+        return Reply(status=429, body={}, retry_after_s=600)
+
+    async def scenario() -> None:
+        loop, at_work = asyncio.get_running_loop(), asyncio.Event()
+        ids: list[str] = []
+        async with running(tmp_path, never) as service:
+
+            def create_slowly() -> Batch:
+                loop.call_soon_threadsafe(at_work.set)
+                time.sleep(0.05)
+                ids.append(create(service, 3))
+                return service.batches.get(ids[0])
+
+            await give_up(service.start(create_slowly), at_work)
+            async with asyncio.timeout(30):
+                while not ids or service.batches.get(ids[0]).status != "in_progress":
+                    await asyncio.sleep(0.01)
+            store_cancel = service.batches.cancel
+
+            def cancel_slowly(batch_id: str) -> bool:
+                loop.call_soon_threadsafe(at_work.set)
+                time.sleep(0.05)
+                return store_cancel(batch_id)
+
+            at_work.clear()
+            service.batches.cancel = cancel_slowly  # type: ignore[method-assign]
+            await give_up(service.cancel(ids[0]), at_work)
+            assert (await wait(service, ids[0])).status == "cancelled"
+
+    asyncio.run(scenario())
 
 
 def test_a_full_disk_loses_no_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
