@@ -2,7 +2,7 @@
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -29,7 +29,11 @@ class Reply:
     retry_after_s: float | None = None
 
 
-Submit = Callable[[str, Mapping[str, Any]], Awaitable[Reply]]
+class Submit(Protocol):
+    """Answers one question for its owner."""
+
+    async def __call__(self, path: str, body: Mapping[str, Any], *, owner: str) -> Reply:
+        """Answer; whatever fails is an answer too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +59,7 @@ class Dispatcher:
             ),
         }
 
-    async def submit(self, path: str, body: Mapping[str, Any]) -> Reply:
+    async def submit(self, path: str, body: Mapping[str, Any], *, owner: str) -> Reply:
         """Answer one question; whatever fails is an answer too."""
         endpoint = self._endpoints[path]
         try:

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from contextvars import Context
 from functools import partial
 from typing import Any, BinaryIO
 
@@ -81,7 +82,8 @@ class BatchWorker:
     def start(self, batch_id: str) -> None:
         """Begin or go on with a batch."""
         self._cancelled[batch_id] = asyncio.Event()
-        self._tasks[batch_id] = asyncio.create_task(self._run(batch_id))
+        # A batch outlives the request that made it, and carries nothing of its context along.
+        self._tasks[batch_id] = asyncio.create_task(self._run(batch_id), context=Context())
 
     def cancel(self, batch_id: str) -> None:
         """Tell a batch that the store has it cancelled."""
@@ -164,7 +166,7 @@ class BatchWorker:
     async def _ask(self, batch: Batch, body: Mapping[str, Any]) -> Reply | None:
         """Ask until the server has time; ``None`` when the batch is over before."""
         pause_s = _FIRST_PAUSE_S
-        while _is_busy(reply := await self._submit(batch.endpoint, body)):
+        while _is_busy(reply := await self._submit(batch.endpoint, body, owner=batch.owner)):
             rest_s = max(0.0, batch.expires_at - time.time())
             try:
                 async with asyncio.timeout(min(reply.retry_after_s or pause_s, rest_s)):

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from tests.serving.batches.conftest import ENDED, line
 URL = "/v1/rank"
 
 
-async def echo(_: str, body: Mapping[str, Any]) -> Reply:
+async def echo(path: str, body: Mapping[str, Any], *, owner: str) -> Reply:
     """Answer the question itself; every third one is refused."""
     await asyncio.sleep(0)
     return Reply(status=400 if body["n"] % 3 == 2 else 200, body={"n": body["n"]})
@@ -35,14 +36,14 @@ async def running(folder: Path, submit: Submit, *, slots: int = 3) -> AsyncItera
         yield service
 
 
-def create(service: BatchService, num_lines: int, *, window_s: int = 60) -> str:
+def create(service: BatchService, num_lines: int, *, window_s: int = 60, owner: str = "") -> str:
     partial = service.files.new_partial()
     partial.write_text(
         "".join(f"{json.dumps(line(f'line-{n}', URL, {'n': n}))}\n" for n in range(num_lines))
     )
-    file = service.files.add(partial, owner="", filename="lines.jsonl")
+    file = service.files.add(partial, owner=owner, filename="lines.jsonl")
     batch = service.batches.create(
-        owner="",
+        owner=owner,
         endpoint=URL,
         input_file_id=file.id,
         completion_window=f"{window_s}s",
@@ -131,12 +132,12 @@ def test_a_crash_before_any_transaction_changes_no_output(
 def test_a_busy_server_is_asked_again(tmp_path: Path) -> None:
     asked: Counter[int] = Counter()
 
-    async def submit(path: str, body: Mapping[str, Any]) -> Reply:
+    async def submit(path: str, body: Mapping[str, Any], *, owner: str) -> Reply:
         asked[body["n"]] += 1
         if asked[body["n"]] < 3:
             status = (429, 503)[asked[body["n"]] - 1]
             return Reply(status=status, body={"error": {}}, retry_after_s=0.01)
-        return await echo(path, body)
+        return await echo(path, body, owner=owner)
 
     async def scenario() -> None:
         async with running(tmp_path, submit) as service:
@@ -150,15 +151,35 @@ def test_a_busy_server_is_asked_again(tmp_path: Path) -> None:
     assert set(asked.values()) == {3}
 
 
+def test_lines_are_asked_for_their_owner_and_outside_of_any_request(tmp_path: Path) -> None:
+    request = ContextVar("request", default="none")
+    seen: set[tuple[str, str]] = set()
+
+    async def submit(path: str, body: Mapping[str, Any], *, owner: str) -> Reply:
+        seen.add((owner, request.get()))
+        return await echo(path, body, owner=owner)
+
+    async def scenario() -> None:
+        async with running(tmp_path, submit) as service:
+            request.set("the one that created the batches")
+            for owner in ("ann", "ben"):
+                batch_id = create(service, 2, owner=owner)
+                service.worker.start(batch_id)
+                await wait(service, batch_id)
+
+    asyncio.run(scenario())
+    assert seen == {("ann", "none"), ("ben", "none")}
+
+
 def test_a_line_with_too_short_a_time_fails_alone(tmp_path: Path) -> None:
     asked: Counter[int] = Counter()
 
-    async def submit(path: str, body: Mapping[str, Any]) -> Reply:
+    async def submit(path: str, body: Mapping[str, Any], *, owner: str) -> Reply:
         asked[body["n"]] += 1
         if body["n"] == 1:
             fault = {"error": {"code": "deadline_exceeded"}, "n": 1}
             return Reply(status=503, body=fault, retry_after_s=0.01)
-        return await echo(path, body)
+        return await echo(path, body, owner=owner)
 
     async def scenario() -> None:
         async with running(tmp_path, submit, slots=1) as service:
@@ -174,10 +195,10 @@ def test_a_line_with_too_short_a_time_fails_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("status", ["cancelled", "expired"])
 def test_a_batch_that_waits_for_a_busy_server_can_end(tmp_path: Path, status: str) -> None:
-    async def submit(path: str, body: Mapping[str, Any]) -> Reply:
+    async def submit(path: str, body: Mapping[str, Any], *, owner: str) -> Reply:
         if body["n"] == 3:
             return Reply(status=503, body={"error": {}}, retry_after_s=600)
-        return await echo(path, body)
+        return await echo(path, body, owner=owner)
 
     async def scenario() -> None:
         async with running(tmp_path, submit) as service:
@@ -211,7 +232,7 @@ def test_batches_take_turns_within_the_bound(tmp_path: Path) -> None:
     order: list[int] = []
     at_work, most_at_work = 0, 0
 
-    async def submit(path: str, body: Mapping[str, Any]) -> Reply:
+    async def submit(path: str, body: Mapping[str, Any], *, owner: str) -> Reply:
         nonlocal at_work, most_at_work
         at_work += 1
         most_at_work = max(most_at_work, at_work)
@@ -244,7 +265,7 @@ def test_a_batch_whose_client_goes_away_begins_and_can_be_cancelled(tmp_path: Pa
         with pytest.raises(asyncio.CancelledError):
             await task
 
-    async def never(_: str, __: Mapping[str, Any]) -> Reply:
+    async def never(path: str, body: Mapping[str, Any], *, owner: str) -> Reply:
         await asyncio.sleep(0.01)
         return Reply(status=429, body={}, retry_after_s=600)
 
@@ -306,7 +327,7 @@ def test_a_full_disk_loses_no_line(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_result_that_comes_while_files_are_written_is_in_them_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def never(_: str, __: Mapping[str, Any]) -> Reply:
+    async def never(path: str, body: Mapping[str, Any], *, owner: str) -> Reply:
         await asyncio.sleep(3600)
         raise AssertionError
 
