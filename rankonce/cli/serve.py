@@ -54,6 +54,28 @@ def serve(
             show_default="the checkpoint's name",
         ),
     ] = None,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--data-dir",
+            help="Folder for files and batches; without it there are none.",
+            file_okay=False,
+        ),
+    ] = None,
+    max_batch_lines: Annotated[
+        int, typer.Option("--max-batch-lines", min=1, help="Lines of one batch.")
+    ] = 50_000,
+    max_file_mb: Annotated[
+        int, typer.Option("--max-file-mb", min=1, help="Size of an uploaded file.")
+    ] = 200,
+    batch_lines_in_flight: Annotated[
+        int,
+        typer.Option(
+            "--batch-lines-in-flight",
+            min=1,
+            help="Lines of batches that wait for the model at one time, beside live questions.",
+        ),
+    ] = 8,
     model: ModelOption = None,
     task_file: TaskFileOption = None,
     device: DeviceOption = None,
@@ -177,12 +199,15 @@ def serve(
     try:
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401
+        import python_multipart  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
         library = (error.name or "fastapi").replace("_", "-")
         raise MissingDependencyError(library, extra="serve") from error
     from rankonce.serving.app import open_listener, run_server
     from rankonce.serving.batcher import BatcherConfig
+    from rankonce.serving.batches.config import BatchConfig
+    from rankonce.serving.batches.folder import DataFolder
     from rankonce.serving.engine import ServerConfig
     from rankonce.serving.keys import read_keys
     from rankonce.serving.logs import configure_logs
@@ -205,6 +230,14 @@ def serve(
         drain_delay_s=drain_delay,
         drain_timeout_s=drain_timeout,
     )
+    batches = None
+    if data_dir is not None:
+        batches = BatchConfig(
+            data_dir=data_dir,
+            max_lines=max_batch_lines,
+            max_file_mb=max_file_mb,
+            max_lines_in_flight=batch_lines_in_flight,
+        )
     config = ServerConfig(
         host=host,
         port=port,
@@ -216,9 +249,12 @@ def serve(
         pinned_tasks=tuple(pin_task or ()),
         max_candidates=max_candidates,
         max_body_mb=max_body_mb,
+        batches=batches,
     )
     _warn_of_exposure(host, operations)
-    # A taken port should be known before the weights are read.
+    # A taken folder or port should be known before the weights are read.
+    if data_dir is not None:
+        DataFolder(data_dir).close()
     listener = open_listener(config)
     ranker = load_ranker(
         model,

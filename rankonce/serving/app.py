@@ -6,7 +6,7 @@ import logging
 import socket
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from typing import Any
 
 import uvicorn
@@ -28,6 +28,9 @@ from rankonce.serving.answers import (
     RerankAnswer,
     ScoreAnswer,
 )
+from rankonce.serving.batches.dispatch import Dispatcher
+from rankonce.serving.batches.routes import add_batches
+from rankonce.serving.batches.service import BatchService
 from rankonce.serving.connections import bounded_protocol
 from rankonce.serving.engine import Engine, ServerConfig
 from rankonce.serving.exchanges import current_salt
@@ -90,9 +93,16 @@ def create_app(
     if operations.otlp_endpoint is not None:
         tracing = open_tracing(operations.otlp_endpoint, version=__version__)
 
+    max_body_bytes = config.max_body_mb * 1_000_000
+    batches = None
+    if config.batches is not None:
+        batches = BatchService(
+            config.batches, Dispatcher(engine).submit, max_line_bytes=max_body_bytes
+        )
+
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        async with engine.running():
+        async with engine.running(), batches.running() if batches else nullcontext():
             warming_up = asyncio.create_task(_warm_up(engine, lifecycle, operations))
             yield
             warming_up.cancel()
@@ -108,7 +118,7 @@ def create_app(
         redirect_slashes=False,
     )
     app.router.route_class = JsonRoute
-    app.state.max_body_bytes = config.max_body_mb * 1_000_000
+    app.state.max_body_bytes = max_body_bytes
     app.state.engine = engine
     app.state.lifecycle = lifecycle
     app.add_middleware(
@@ -118,6 +128,7 @@ def create_app(
     _add_operations(app, metrics, lifecycle)
     _add_information(app, engine)
     _add_scoring(app, engine)
+    add_batches(app, batches)
     return app
 
 

@@ -35,6 +35,7 @@ from rankonce.serving.answers import (
     rank_answer,
 )
 from rankonce.serving.batcher import Batcher, BatcherConfig, Terms
+from rankonce.serving.batches.config import BatchConfig
 from rankonce.serving.failures import ServingError, TooLargeError
 from rankonce.serving.logprobs import NextToken, next_tokens, write_chat, write_completion
 from rankonce.serving.observations import CacheObserved, Observations, QueueObserved, Stage
@@ -73,6 +74,7 @@ class ServerConfig:
         prefix_ttl_s: seconds for which a prepared prefix can be used, unless it asks for less.
         max_prefixes: prepared prefixes that are remembered; the oldest go first.
         pinned_tasks: tasks whose instruction is read before the first question comes.
+        batches: how files and batches are kept; without it there are none.
     """
 
     host: str = "127.0.0.1"
@@ -85,6 +87,7 @@ class ServerConfig:
     prefix_ttl_s: int = 300
     max_prefixes: int = 10_000
     pinned_tasks: tuple[str, ...] = ()
+    batches: BatchConfig | None = None
 
 
 class _HasTerms(Protocol):

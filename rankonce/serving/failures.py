@@ -188,6 +188,20 @@ def answer_failures(app: FastAPI) -> None:
         app.add_exception_handler(kind, handler)
 
 
+async def answer_failure(path: str, error: Exception) -> Response:
+    """Answer a failure of a question that came another way than over HTTP.
+
+    Args:
+        path: the endpoint that was asked.
+    """
+    request = Request({"type": "http", "method": "POST", "path": path, "headers": []})
+    for kind in type(error).__mro__:
+        if handler := _HANDLERS.get(kind):
+            return await handler(request, error)
+    logger.error("POST %s crashed", path, exc_info=error)
+    return _answer(500, "the server failed; its log says why")
+
+
 def _answer(
     status: int,
     message: str,

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import httpx
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 from rankonce.cli.serve import serve
 from rankonce.errors import MissingDependencyError, OperationsError
 from rankonce.serving.app import open_listener
+from rankonce.serving.batches.folder import DataFolder
 from rankonce.serving.engine import ServerConfig
 from tests.conftest import build_network, build_tokenizer
 
@@ -103,7 +105,15 @@ def test_a_taken_port_is_refused_before_the_model_is_loaded() -> None:
     assert port in str(result.exception)
 
 
-@pytest.mark.parametrize("library", ["fastapi", "uvicorn", "prometheus_client"])
+def test_a_taken_data_folder_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
+    arguments = ["--port", "0", "--model", "no-such-folder", "--data-dir", str(tmp_path)]
+    with closing(DataFolder(tmp_path)):
+        result = CliRunner().invoke(app, arguments)
+    assert isinstance(result.exception, OSError)
+    assert "another server uses it" in str(result.exception)
+
+
+@pytest.mark.parametrize("library", ["fastapi", "uvicorn", "prometheus_client", "python_multipart"])
 def test_a_missing_library_is_named_with_its_extra(
     library: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
