@@ -84,8 +84,8 @@ def make_requests(options: HotPathOptions) -> list[ScoreRequest]:
         return Item(fields={"title": title, "genres": chance.sample(genres, 2)})
 
     catalogue = [film() for _ in range(5000)]
-    # An event has some 20 tokens.
-    num_events = options.prefix_tokens // 20
+    # An event has some 13 tokens.
+    num_events = options.prefix_tokens // 13
     return [
         ScoreRequest(
             task=_TASK,
@@ -113,7 +113,7 @@ class _Tokeniser:
         self._task = find_task(_TASK, library_tasks())
         history = self._task.history
         assert history is not None, "the task reads a history"
-        long = history.model_copy(update={"max_tokens": 100_000})
+        long = history.model_copy(update={"max_tokens": 100_000, "max_events": None})
         self._task = self._task.model_copy(update={"history": long})
 
     def tokenise(self, request: ScoreRequest) -> Any:
