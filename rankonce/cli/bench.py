@@ -408,6 +408,62 @@ def serve(
 
 
 @app.command()
+def soak(
+    minutes: Annotated[float, typer.Option(min=0.05, help="Of traffic.")] = 30.0,
+    rate: Annotated[
+        float | None,
+        typer.Option(min=0.1, help="Requests a second.", show_default="80 % of the capacity"),
+    ] = None,
+    load: Annotated[float, typer.Option(min=0.01, help="Share of the capacity.")] = 0.8,
+    p99: Annotated[float, typer.Option(min=1, help="Bound of p99 for the capacity, ms.")] = 1000.0,
+    kills: Annotated[int, typer.Option(min=0, help="Of the server process.")] = 3,
+    members: Annotated[int, typer.Option(min=3, help="Whose questions are asked.")] = 600,
+    batch_lines: Annotated[
+        int, typer.Option(min=0, help="Of each batch file beside the traffic; 0 sends none.")
+    ] = 0,
+    model: Annotated[
+        Path, typer.Option(exists=True, file_okay=False, help="Checkpoint.")
+    ] = EMBEDDED,
+    threads: ThreadsOption = None,
+    server_arguments: ServerArgumentsOption = "",
+    seed: Annotated[int, typer.Option(min=0, help="Of texts and traffic.")] = 0,
+    output: Annotated[Path, typer.Option(dir_okay=False, help="JSON.")] = Path("results/soak.json"),
+) -> None:
+    """Ask a server for a long time, also wrongly, kill it, and check every answer.
+
+    Exits with 1 if a score was wrong, a batch line lost or a valid question refused but for load.
+    """
+    import shlex
+
+    from rankonce.benchmarks.serve_arms import Setup
+    from rankonce.benchmarks.soak import SoakBenchmark, run_soak
+    from rankonce.benchmarks.soak_report import describe_soak
+
+    quiet_transformers()
+    setup = Setup(
+        model=model,
+        threads=threads or _usable_cores(),
+        arguments={"rankonce": shlex.split(server_arguments)},
+    )
+    found = run_soak(
+        SoakBenchmark(
+            setup=setup,
+            minutes=minutes,
+            rate=rate,
+            load=load,
+            bound_ms=p99,
+            kills=kills,
+            members=members,
+            batch_lines=batch_lines,
+            seed=seed,
+            output=output,
+        )
+    )
+    typer.echo(describe_soak(found))
+    raise typer.Exit(0 if found["is_clean"] else 1)
+
+
+@app.command()
 def report(
     files: Annotated[
         list[Path],
