@@ -23,7 +23,7 @@ import psutil
 
 from rankonce.benchmarks.serve_arms import ARMS, READY_S, ServingArm, Setup
 from rankonce.benchmarks.serve_capacity import find_capacity
-from rankonce.benchmarks.serve_load import Call, LoadStep, run_step
+from rankonce.benchmarks.serve_load import JSON_HEADERS, Call, LoadStep, run_step
 from rankonce.benchmarks.serve_servers import ServerProcess, running
 from rankonce.benchmarks.serve_workloads import (
     LOAD_WORKLOADS,
@@ -291,9 +291,7 @@ def _ask(client: httpx.Client, call: Call) -> Any:
     """Send a call and wait, again while the server says that it is full."""
     end = time.monotonic() + _TIMEOUT_S
     while True:
-        answer = client.post(
-            call.path, content=call.body, headers={"Content-Type": "application/json"}
-        )
+        answer = client.post(call.path, content=call.body, headers=JSON_HEADERS)
         if answer.status_code == 200:
             return answer.json()
         if answer.status_code not in (429, 503) or time.monotonic() > end:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import httpx
 
+JSON_HEADERS = {"Content-Type": "application/json"}
 _TIMEOUT_S = 300.0
 _POLL_S = 0.05
 
@@ -167,9 +168,7 @@ async def run_step(
 async def post(client: httpx.AsyncClient, call: Call) -> int | None:
     """Send a call; its answer's status, ``None`` where none came."""
     try:
-        answer = await client.post(
-            call.path, content=call.body, headers={"Content-Type": "application/json"}
-        )
+        answer = await client.post(call.path, content=call.body, headers=JSON_HEADERS)
     except httpx.HTTPError:
         return None
     return answer.status_code

@@ -22,7 +22,7 @@ import httpx
 from rankonce.benchmarks.serve import describe_machine, load_offline_ranker, write_record
 from rankonce.benchmarks.serve_arms import READY_S, Setup
 from rankonce.benchmarks.serve_capacity import Capacity, find_capacity
-from rankonce.benchmarks.serve_load import LoadStep, percentile, run_step
+from rankonce.benchmarks.serve_load import JSON_HEADERS, Call, LoadStep, percentile, run_step
 from rankonce.benchmarks.serve_servers import ServerProcess, running
 from rankonce.benchmarks.soak_batches import BatchCounts, run_batch
 from rankonce.benchmarks.soak_memory import MemorySample, describe_memory
@@ -228,6 +228,10 @@ class Soak:
     def _seconds(self) -> float:
         return 60 * self._options.minutes
 
+    @property
+    def _is_down(self) -> bool:
+        return bool(self._outages) and self._outages[-1][1] == math.inf
+
     async def _send_all(self, client: httpx.AsyncClient) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -354,7 +358,8 @@ class Soak:
 
     async def _sample(self) -> None:
         while True:
-            if self._server.is_running:
+            # A server that starts has no questions yet, and less memory.
+            if self._server.is_running and not self._is_down:
                 now = time.monotonic() - self._began
                 memory_mb = self._server.memory_mb()
                 self._memory.append(MemorySample(seconds=now, life=self._lives, mb=memory_mb))
@@ -396,15 +401,15 @@ def _find_capacity(url: str, known: Sequence[KnownQuestion], options: SoakBenchm
     with httpx.Client(base_url=url, timeout=_TIMEOUT_S) as client:
         began = time.perf_counter()
         for question in known[:6]:
-            client.post(question.call.path, content=question.call.body).raise_for_status()
+            call = question.call
+            answer = client.post(call.path, content=call.body, headers=JSON_HEADERS)
+            answer.raise_for_status()
         alone_rate = 6 / (time.perf_counter() - began)
     return find_capacity(measure, bound_ms=options.bound_ms, alone_rate=alone_rate, precision=0.2)
 
 
-async def _request(client: httpx.AsyncClient, method: str, call: Any) -> httpx.Response | None:
+async def _request(client: httpx.AsyncClient, method: str, call: Call) -> httpx.Response | None:
     try:
-        return await client.request(
-            method, call.path, content=call.body, headers={"Content-Type": "application/json"}
-        )
+        return await client.request(method, call.path, content=call.body, headers=JSON_HEADERS)
     except httpx.HTTPError:
         return None

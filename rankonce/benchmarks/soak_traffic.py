@@ -158,7 +158,7 @@ def write_faulty(known: Sequence[KnownQuestion]) -> list[FaultyQuestion]:
         faulty("no items", score, items=[]),
         faulty("a label that the model has not", score, label_token_ids=[10**6]),
         faulty("a label that is not one token", score, label_token_ids=None, labels=[" zzyzx qq"]),
-        faulty("a prompt that is too long", score, query=" word" * 50_000),
+        faulty("a prompt that is too long", score, query=" word" * 5_000),
         faulty("another model", rank, 404, model="no-such-model"),
         faulty("no such path", replace(rank, path="/v1/no-such-path"), 404),
         faulty("another method", replace(rank, body=b""), 405, method="GET"),
