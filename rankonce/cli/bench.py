@@ -1,20 +1,20 @@
 """``rankonce bench``: kernels and whole passes beside their limits, and the report of them."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import typer
 
+from rankonce.cli.bench_serving import serve, soak
 from rankonce.cli.options import quiet_transformers
-
-T = TypeVar("T")
 
 app = typer.Typer(
     name="bench",
     help="Measure kernels and whole passes beside their limits and their peers.",
     no_args_is_help=True,
 )
+app.command()(serve)
+app.command()(soak)
 
 SmallOption = Annotated[bool, typer.Option("--small", help="Toy shapes, for a look on a CPU.")]
 DeviceOption = Annotated[
@@ -29,29 +29,6 @@ OutputOption = Annotated[
     Path, typer.Option(file_okay=False, help="Folder in which the chip's folder is made.")
 ]
 OnlyOption = Annotated[str | None, typer.Option(help="Arms whose name holds this text.")]
-ThreadsOption = Annotated[
-    int | None,
-    typer.Option(min=1, help="That a server computes with.", show_default="a core each"),
-]
-ServerArgumentsOption = Annotated[
-    str, typer.Option(help="More arguments of rankonce serve, as a shell would read them.")
-]
-# The same folder as ``ranker.EMBEDDED_MODEL``, whose module imports torch.
-EMBEDDED = Path(__file__).parents[1] / "embedded"
-
-
-def _usable_cores() -> int:
-    import os
-
-    return len(os.sched_getaffinity(0))
-
-
-def _choose(name: str, known: Mapping[str, T], option: str) -> T:
-    if name not in known:
-        raise typer.BadParameter(
-            f"should be one of {', '.join(known)}, is {name!r}", param_hint=option
-        )
-    return known[name]
 
 
 def _run(
@@ -295,172 +272,6 @@ def scaling(
     if plot is not None:
         plot_scaling(plot, found)
     typer.echo(describe_scaling(found))
-
-
-@app.command()
-def serve(
-    url: Annotated[
-        str | None,
-        typer.Option(
-            metavar="URL",
-            help="A server of ours that runs already, with the checkpoint of --model.",
-            show_default="starts one",
-        ),
-    ] = None,
-    model: Annotated[
-        Path,
-        typer.Option(exists=True, file_okay=False, help="Checkpoint."),
-    ] = EMBEDDED,
-    workload: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="member or bench_score; may be given several times.", show_default="both"
-        ),
-    ] = None,
-    candidate_tokens: Annotated[
-        int, typer.Option(min=8, help="Of each candidate of the workload member.")
-    ] = 64,
-    arm: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="rankonce rank, rankonce score, vllm or transformers; may be given several times.",
-            show_default="all that are there",
-        ),
-    ] = None,
-    vllm_python: Annotated[
-        Path | None,
-        typer.Option(
-            exists=True, dir_okay=False, help="Python of an environment in which vLLM is installed."
-        ),
-    ] = None,
-    p99: Annotated[float, typer.Option(min=1, help="Bound of p99, ms.")] = 1000.0,
-    step_seconds: Annotated[float, typer.Option(min=1, help="How long a rate is held.")] = 20.0,
-    min_requests: Annotated[int, typer.Option(min=1, help="Of a step, however long.")] = 30,
-    threads: ThreadsOption = None,
-    server_arguments: ServerArgumentsOption = "",
-    vllm_arguments: Annotated[str, typer.Option(help="The same for the vLLM server.")] = "",
-    seed: Annotated[int, typer.Option(min=0, help="Of texts and arrivals.")] = 0,
-    output: Annotated[Path, typer.Option(dir_okay=False, help="JSON.")] = Path(
-        "results/serve.json"
-    ),
-    plot: Annotated[Path | None, typer.Option(dir_okay=False, help="Picture, .png.")] = None,
-    page: Annotated[
-        Path | None,
-        typer.Option(exists=True, dir_okay=False, help="Markdown page with <!-- begin: serve -->."),
-    ] = None,
-    record: Annotated[
-        Path | None,
-        typer.Option(exists=True, dir_okay=False, help="Measure nothing, print this record."),
-    ] = None,
-) -> None:
-    """Find how many candidates a second servers score while p99 stays within a bound.
-
-    Requests arrive as a Poisson process whether or not earlier ones are answered; the rate is
-    doubled until p99 passes the bound, then bisected. Our server stands beside the same checkpoint
-    behind vLLM and behind plain transformers.
-    """
-    import json
-    import shlex
-    from dataclasses import replace
-
-    from rankonce.benchmarks.pages import update_page
-    from rankonce.benchmarks.serve_report import describe_serving, plot_serving
-
-    if record is not None:
-        found = json.loads(record.read_text())
-    else:
-        from rankonce.benchmarks.serve import ServeBenchmark, measure_serving
-        from rankonce.benchmarks.serve_arms import ARMS, Setup
-        from rankonce.benchmarks.serve_workloads import LOAD_WORKLOADS
-
-        quiet_transformers()
-        shapes = {
-            **LOAD_WORKLOADS,
-            "member": replace(LOAD_WORKLOADS["member"], candidate_tokens=candidate_tokens),
-        }
-        found = measure_serving(
-            ServeBenchmark(
-                setup=Setup(
-                    model=model,
-                    threads=threads or _usable_cores(),
-                    vllm_python=vllm_python,
-                    arguments={
-                        "rankonce": shlex.split(server_arguments),
-                        "vllm": shlex.split(vllm_arguments),
-                    },
-                    url=url,
-                ),
-                workloads=tuple(_choose(name, shapes, "--workload") for name in workload or shapes),
-                arms=tuple(_choose(name, ARMS, "--arm").name for name in arm or ARMS),
-                bound_ms=p99,
-                step_seconds=step_seconds,
-                min_requests=min_requests,
-                seed=seed,
-                output=output,
-            )
-        )
-    if plot is not None:
-        plot_serving(plot, found)
-    text = describe_serving(found)
-    if page is not None:
-        update_page(page, {"serve": text}.get, example="serve")
-    typer.echo(text)
-
-
-@app.command()
-def soak(
-    minutes: Annotated[float, typer.Option(min=0.05, help="Of traffic.")] = 30.0,
-    rate: Annotated[
-        float | None,
-        typer.Option(min=0.1, help="Requests a second.", show_default="80 % of the capacity"),
-    ] = None,
-    load: Annotated[float, typer.Option(min=0.01, help="Share of the capacity.")] = 0.8,
-    p99: Annotated[float, typer.Option(min=1, help="Bound of p99 for the capacity, ms.")] = 1000.0,
-    kills: Annotated[int, typer.Option(min=0, help="Of the server process.")] = 3,
-    members: Annotated[int, typer.Option(min=3, help="Whose questions are asked.")] = 600,
-    batch_lines: Annotated[
-        int, typer.Option(min=0, help="Of each batch file beside the traffic; 0 sends none.")
-    ] = 0,
-    model: Annotated[
-        Path, typer.Option(exists=True, file_okay=False, help="Checkpoint.")
-    ] = EMBEDDED,
-    threads: ThreadsOption = None,
-    server_arguments: ServerArgumentsOption = "",
-    seed: Annotated[int, typer.Option(min=0, help="Of texts and traffic.")] = 0,
-    output: Annotated[Path, typer.Option(dir_okay=False, help="JSON.")] = Path("results/soak.json"),
-) -> None:
-    """Ask a server for a long time, also wrongly, kill it, and check every answer.
-
-    Exits with 1 if a score was wrong, a batch line lost or a valid question refused but for load.
-    """
-    import shlex
-
-    from rankonce.benchmarks.serve_arms import Setup
-    from rankonce.benchmarks.soak import SoakBenchmark, run_soak
-    from rankonce.benchmarks.soak_report import describe_soak
-
-    quiet_transformers()
-    setup = Setup(
-        model=model,
-        threads=threads or _usable_cores(),
-        arguments={"rankonce": shlex.split(server_arguments)},
-    )
-    found = run_soak(
-        SoakBenchmark(
-            setup=setup,
-            minutes=minutes,
-            rate=rate,
-            load=load,
-            bound_ms=p99,
-            kills=kills,
-            members=members,
-            batch_lines=batch_lines,
-            seed=seed,
-            output=output,
-        )
-    )
-    typer.echo(describe_soak(found))
-    raise typer.Exit(0 if found["is_clean"] else 1)
 
 
 @app.command()
