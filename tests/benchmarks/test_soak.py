@@ -144,3 +144,22 @@ def test_a_short_soak_with_a_kill_is_clean(tmp_path: Path) -> None:
     assert record["outcomes"]["valid: right"] > 10
     assert 0 < record["worst_difference"] < 1e-5
     assert "what must not happen: nothing did" in describe_soak(record)
+
+
+@pytest.mark.slow
+def test_batches_survive_a_kill_with_every_line_once(tmp_path: Path) -> None:
+    pytest.importorskip("rankonce.serving.batches")
+    record = run_soak(
+        SoakBenchmark(
+            setup=Setup(model=EMBEDDED_MODEL, threads=1),
+            minutes=0.75,
+            rate=1.0,
+            kills=1,
+            members=12,
+            batch_lines=30,
+            output=tmp_path / "soak.json",
+        )
+    )
+    assert record["is_clean"], record["faults"]
+    assert record["batches"]["num_batches"] >= 1
+    assert record["batches"]["num_lines"] == 30 * record["batches"]["num_batches"]
