@@ -212,14 +212,19 @@ class _Measurement:
             save()
             return step
 
-        found = find_capacity(
-            measure,
-            bound_ms=self._options.bound_ms,
-            alone_rate=1000 / alone_ms,
-            precision=self._options.precision,
-        )
-        entry["capacity_requests_per_s"] = found.rate
-        entry["capacity_candidates_per_s"] = found.rate * shape.num_candidates
+        bound_ms = self._options.bound_ms
+        # One that is late alone is late at every rate.
+        rate = 0.0
+        if alone_ms <= bound_ms:
+            found = find_capacity(
+                measure,
+                bound_ms=bound_ms,
+                alone_rate=1000 / alone_ms,
+                precision=self._options.precision,
+            )
+            rate = found.rate
+        entry["capacity_requests_per_s"] = rate
+        entry["capacity_candidates_per_s"] = rate * shape.num_candidates
         save()
 
     def _write(self) -> LoadRequest:

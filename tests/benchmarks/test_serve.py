@@ -117,6 +117,19 @@ def test_a_server_of_other_weights_is_not_measured(ours: str, tmp_path: Path) ->
         measure_serving(options)
 
 
+def test_a_server_that_is_late_alone_has_no_capacity(ours: str, tmp_path: Path) -> None:
+    options = ServeBenchmark(
+        setup=Setup(model=EMBEDDED_MODEL, threads=1, url=ours),
+        workloads=(SMALL_MEMBER,),
+        arms=("rankonce rank",),
+        bound_ms=0.1,
+        output=tmp_path / "serve.json",
+    )
+    (arm,) = measure_serving(options)["arms"]
+    assert arm["alone_ms"] > 0.1
+    assert (arm["capacity_candidates_per_s"], arm["steps"]) == (0.0, [])
+
+
 def test_a_server_that_ends_at_once_is_reported_with_its_log(tmp_path: Path) -> None:
     server = ServerProcess(
         ["python3", "-c", "raise SystemExit('no such checkpoint')"],
