@@ -6,9 +6,8 @@ from typing import Any
 
 from rankonce.errors import MissingDependencyError
 
-# By how much the best of our forms should surpass each server, on the workload of members.
+# By how much the best of our forms should surpass each server on the workloads of members.
 BARS = {"vllm": 3.0, "transformers": 10.0}
-_BAR_WORKLOAD = "member"
 
 
 def describe_serving(record: Mapping[str, Any]) -> str:
@@ -113,27 +112,31 @@ def _latencies(step: Mapping[str, Any], between: str) -> str:
 
 
 def _describe_bars(record: Mapping[str, Any]) -> list[str]:
+    return [
+        f"- {name}, {server}: {_describe_bar(record, name, server, bar)}"
+        for name, shape in record["workloads"].items()
+        if shape["has_task"]
+        for server, bar in BARS.items()
+    ]
+
+
+def _describe_bar(record: Mapping[str, Any], workload: str, server: str, bar: float) -> str:
     """Compare capacities; a server that meets the bound nowhere, by what it does alone."""
-    arms = [arm for arm in record["arms"] if arm["workload"] == _BAR_WORKLOAD]
-    ours = max((_capacity(arm) for arm in arms if arm["server"] == "rankonce"), default=0.0)
-    lines = []
-    for server, bar in BARS.items():
-        others = [arm for arm in arms if arm["server"] == server and _is_done(arm)]
-        if not others or not ours:
-            lines.append(f"- {server}: not measured")
-            continue
-        theirs = max(map(_capacity, others))
-        how = "at equal p99"
-        if not theirs:
-            theirs = max(arm["alone_candidates_per_s"] for arm in others)
-            how = (
-                "of what it does one request at a time, since it meets the bound at no rate, "
-                f"{others[0]['alone_ms']:.0f} ms each"
-            )
-        ratio = ours / theirs
-        verdict = "met" if ratio >= bar else "missed"
-        lines.append(f"- {server}: {ratio:.2f}× {how}; the bar of {bar:g}× is {verdict}")
-    return lines
+    done = [arm for arm in record["arms"] if arm["workload"] == workload and _is_done(arm)]
+    ours = max((_capacity(arm) for arm in done if arm["server"] == "rankonce"), default=0.0)
+    others = [arm for arm in done if arm["server"] == server]
+    if not others or not ours:
+        return "not measured"
+    theirs = max(map(_capacity, others))
+    how = "at equal p99"
+    if not theirs:
+        theirs = max(arm["alone_candidates_per_s"] for arm in others)
+        how = (
+            "of what it does one request at a time, since it meets the bound at no rate, "
+            f"{others[0]['alone_ms']:.0f} ms each"
+        )
+    ratio = ours / theirs
+    return f"{ratio:.2f}× {how}; the bar of {bar:g}× is {'met' if ratio >= bar else 'missed'}"
 
 
 def _is_done(arm: Mapping[str, Any]) -> bool:
@@ -141,5 +144,5 @@ def _is_done(arm: Mapping[str, Any]) -> bool:
 
 
 def _capacity(arm: Mapping[str, Any]) -> float:
-    capacity: float = arm.get("capacity_candidates_per_s", 0.0)
+    capacity: float = arm["capacity_candidates_per_s"]
     return capacity

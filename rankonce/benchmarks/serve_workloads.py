@@ -52,7 +52,9 @@ BENCH_SCORE = LoadWorkload(
 MEMBER = LoadWorkload(
     name="member", prefix_tokens=2048, num_candidates=100, candidate_tokens=64, has_task=True
 )
-LOAD_WORKLOADS = {workload.name: workload for workload in (MEMBER, BENCH_SCORE)}
+# The shorter a candidate, the more of a server's work is by the request and not by the token.
+MEMBER_SHORT = replace(MEMBER, name="member_short", candidate_tokens=20)
+LOAD_WORKLOADS = {workload.name: workload for workload in (MEMBER, MEMBER_SHORT, BENCH_SCORE)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,6 +33,14 @@ RecordOption = Annotated[
 EMBEDDED = Path(__file__).parents[1] / "embedded"
 
 
+def _end_in_order() -> None:
+    """Let SIGTERM unwind as Ctrl-C does, so that the servers that were started end as well."""
+    import signal
+    import sys
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
 def _usable_cores() -> int:
     import os
 
@@ -61,12 +69,10 @@ def serve(
     workload: Annotated[
         list[str] | None,
         typer.Option(
-            help="member or bench_score; may be given several times.", show_default="both"
+            help="member, member_short or bench_score; may be given several times.",
+            show_default="all",
         ),
     ] = None,
-    candidate_tokens: Annotated[
-        int, typer.Option(min=8, help="Of each candidate of the workload member.")
-    ] = 64,
     arm: Annotated[
         list[str] | None,
         typer.Option(
@@ -105,7 +111,6 @@ def serve(
     """
     import json
     import shlex
-    from dataclasses import replace
 
     from rankonce.benchmarks.pages import update_page
     from rankonce.benchmarks.serve_report import describe_serving, plot_serving
@@ -119,11 +124,10 @@ def serve(
         from rankonce.benchmarks.serve_workloads import LOAD_WORKLOADS
 
         quiet_transformers()
-        shapes = {
-            **LOAD_WORKLOADS,
-            "member": replace(LOAD_WORKLOADS["member"], candidate_tokens=candidate_tokens),
-        }
-        workloads = tuple(_choose(name, shapes, "--workload") for name in workload or shapes)
+        _end_in_order()
+        workloads = tuple(
+            _choose(name, LOAD_WORKLOADS, "--workload") for name in workload or LOAD_WORKLOADS
+        )
         arms = tuple(_choose(name, ARMS, "--arm").name for name in arm or ARMS)
         arguments = {
             "rankonce": shlex.split(server_arguments),
@@ -200,6 +204,7 @@ def soak(
         from rankonce.benchmarks.soak import SoakBenchmark, run_soak
 
         quiet_transformers()
+        _end_in_order()
         with shared_checkpoint(model, size=size, seed=seed) as folder:
             setup = Setup(
                 model=folder,

@@ -168,7 +168,7 @@ def test_two_servers_are_measured_side_by_side(tmp_path: Path) -> None:
         passed = [step["rate"] for step in arm["steps"] if (step["p99_ms"] or math.inf) <= 200]
         assert arm["capacity_requests_per_s"] == max(passed, default=0.0)
     text = describe_serving(record)
-    assert "vllm: not measured" in text
-    assert "transformers: " in text
+    assert "member, vllm: not measured" in text
+    assert "member, transformers: " in text
     plot_serving(tmp_path / "serve.png", record)
     assert (tmp_path / "serve.png").stat().st_size > 10_000

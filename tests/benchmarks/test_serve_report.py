@@ -36,7 +36,12 @@ def _record(*arms: dict[str, Any]) -> dict[str, Any]:
             "servers": {"rankonce": {"version": "rankonce 0.1.0"}},
         },
         "workloads": {
-            "member": {"prefix_tokens": 2048, "num_candidates": 100, "candidate_tokens": 64}
+            "member": {
+                "prefix_tokens": 2048,
+                "num_candidates": 100,
+                "candidate_tokens": 64,
+                "has_task": True,
+            }
         },
         "arms": list(arms),
     }
@@ -51,8 +56,8 @@ def test_bars_compare_the_best_form_of_ours_with_each_server() -> None:
             _arm("transformers", 100.0, alone=50.0),
         )
     )
-    assert "- vllm: 3.50× at equal p99; the bar of 3× is met" in text
-    assert "- transformers: 7.00× at equal p99; the bar of 10× is missed" in text
+    assert "- member, vllm: 3.50× at equal p99; the bar of 3× is met" in text
+    assert "- member, transformers: 7.00× at equal p99; the bar of 10× is missed" in text
     assert "| rankonce rank | 250 | 400 | 700 | 100, 500, 900 | 500 | 1e-07 |" in text
 
 
@@ -60,7 +65,7 @@ def test_a_server_without_a_capacity_is_compared_by_what_it_does_alone() -> None
     text = describe_serving(
         _record(_arm("rankonce rank", 700.0, alone=400.0), _arm("transformers", 0.0, alone=10.0))
     )
-    assert "- transformers: 70.00× of what it does one request at a time" in text
+    assert "- member, transformers: 70.00× of what it does one request at a time" in text
     assert "10000 ms each; the bar of 10× is met" in text
-    assert "- vllm: not measured" in text
+    assert "- member, vllm: not measured" in text
     assert "| transformers | 10000 | 10 | at no rate |" in text
