@@ -109,10 +109,14 @@ def test_a_step_that_cannot_meet_the_bound_is_broken_off(one_at_a_time: str) -> 
 
 def test_a_refused_question_counts_as_never_answered(one_at_a_time: str) -> None:
     step = _step(one_at_a_time, "/refuse", count=5, rate=100.0)
-    assert (step.num_answered, step.num_refused) == (0, 5)
+    # The step may be broken off once one of them has come back.
+    assert step.num_answered == 0
+    assert 1 <= step.num_refused <= 5
     assert not step.meets(math.inf)
 
 
 def test_a_server_that_is_not_there_answers_nothing() -> None:
     step = _step("http://127.0.0.1:9", "/work", count=3, rate=100.0)
-    assert (step.num_answered, step.num_refused) == (0, 3)
+    assert step.num_answered == 0
+    assert 1 <= step.num_refused <= 3
+    assert not step.meets(math.inf)
