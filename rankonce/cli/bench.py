@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from rankonce.cli.bench_serving import serve, soak
 from rankonce.cli.options import quiet_transformers
 
 app = typer.Typer(
@@ -12,6 +13,8 @@ app = typer.Typer(
     help="Measure kernels and whole passes beside their limits and their peers.",
     no_args_is_help=True,
 )
+app.command()(serve)
+app.command()(soak)
 
 SmallOption = Annotated[bool, typer.Option("--small", help="Toy shapes, for a look on a CPU.")]
 DeviceOption = Annotated[
