@@ -6,7 +6,6 @@ after Hoffmann et al. 2022, "Training Compute-Optimal Large Language Models", ap
 squares of log L under a Huber loss, from several starts.
 """
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -176,8 +175,7 @@ def _noise_of_seeds(points: Sequence[Point]) -> float | None:
         raise DataError("points: should all have the same number of losses, one a seed")
     if len(points[0].losses) == 1:
         return None
-    variances = [statistics.variance(np.log(point.losses).tolist()) for point in points]
-    return statistics.mean(variances) ** 0.5
+    return float(np.sqrt(np.mean([np.var(np.log(point.losses), ddof=1) for point in points])))
 
 
 class _Fit:
@@ -193,7 +191,7 @@ class _Fit:
         for name in ("size", "data"):
             if len({getattr(point, name) for point in points}) < 2:
                 raise DataError(f"points: should have at least two different values of {name}")
-        self.targets: Floats = np.log([statistics.mean(p.losses) for p in points])
+        self.targets: Floats = np.log([np.mean(p.losses) for p in points])
         sizes, data = (np.log([getattr(p, name) for p in points]) for name in ("size", "data"))
         self._middle = (float(sizes.mean()), float(data.mean()))
         self._sizes: Floats = sizes - self._middle[0]
