@@ -136,12 +136,12 @@ def predict_loss(
         DataError: there are too few points, or they differ in their number of seeds.
     """
     fit = _Fit(points)
+    num_seeds = len(points[0].losses)
+    seed_noise = _noise_of_seeds(points)
     best = fit.best()
     fitted = fit.log_losses(best)
     freedom = len(points) - _NUM_PARAMETERS
     residual = float(np.sqrt(np.sum((fit.targets - fitted) ** 2) / freedom))
-    num_seeds = len(points[0].losses)
-    seed_noise = _noise_of_seeds(points)
     random = np.random.default_rng(seed)
     drawn = []
     for _ in range(num_samples):

@@ -84,7 +84,7 @@ def test_noise_of_seeds_widens_the_interval_of_points_that_lie_on_the_law() -> N
         replace(point, losses=tuple(point.losses[0] * noise / noise.mean())) for point in on_the_law
     ]
     sure, unsure = (
-        predict_loss(which, size=150e3, data=1800, num_samples=60) for which in (on_the_law, points)
+        predict_loss(which, size=150e3, data=1800, num_samples=30) for which in (on_the_law, points)
     )
     assert unsure.loss == pytest.approx(sure.loss, rel=1e-6)
     assert sure.seed_noise is None
