@@ -173,8 +173,8 @@ def find_warnings(record: Mapping[str, Any]) -> list[str]:
         f"{name} lies on a bound of the fit: the points do not determine it"
         for name in prediction["on_bounds"]
     ]
-    names = {run["weights"]: run["size"] for run in record["runs"]}
-    for point in points_of(record):
+    points, names = points_of(record), {run["weights"]: run["size"] for run in record["runs"]}
+    for point in points:
         gone = truth["constant"] - statistics.mean(point.losses)
         if (share := gone / (truth["constant"] - truth["floor"])) < _PLATEAU:
             found.append(
@@ -185,8 +185,16 @@ def find_warnings(record: Mapping[str, Any]) -> list[str]:
     for size, rate in choose_rates(record["trials"]).items():
         if len(tried) > 1 and rate in (tried[0], tried[-1]):
             found.append(f"{size} has the outermost of the learning rates that were tried, {rate}")
-    if prediction["seed_noise"] is None:
+    if (noise := prediction["seed_noise"]) is None:
         found.append("a point has one seed: their noise is known from the misfit of the law alone")
+        return found
+    by_chance = noise / len(points[0].losses) ** 0.5
+    deviation = statistics.stdev(math.log(statistics.mean(point.losses)) for point in points)
+    if deviation < 2 * by_chance:
+        found.append(
+            f"log L deviates by {deviation:.4f} between points, and by {by_chance:.4f} by the "
+            "chance of seeds alone: the grid hardly shows size and data"
+        )
     return found
 
 

@@ -137,8 +137,15 @@ def test_a_grid_on_a_plateau_is_warned_of() -> None:
     assert warning.startswith("0.4m with 100 requests has gone 5.0% of the way from a constant")
 
 
+def test_points_that_differ_no_more_than_seeds_do_are_warned_of() -> None:
+    (warning,) = find_warnings(record_of(0.6, 0.603, 0.606, 0.609))
+    assert warning.startswith(
+        "log L deviates by 0.0064 between points, and by 0.0100 by the chance"
+    )
+
+
 def test_what_lies_on_a_bound_and_an_outermost_rate_are_warned_of() -> None:
-    record = record_of(0.6, on_bounds=("a",))
+    record = record_of(0.65, 0.6, on_bounds=("a",))
     record["trials"].append({"size": "1m", "learning_rate": 0.009, "expected_log_loss": 0.6})
     bound, rate = find_warnings(record)
     assert bound.startswith("a lies on a bound of the fit")
