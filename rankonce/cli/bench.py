@@ -221,20 +221,28 @@ def training_options(
 
 @app.command()
 def scaling(
-    task: Annotated[str, typer.Option(help="Of a simulated platform.")] = "search-relevance",
+    task: Annotated[str, typer.Option(help="Of a simulated platform.")] = "song-newcomer",
     size: Annotated[
         list[str] | None,
         typer.Option(help="Of the grid; give several.", show_default="0.07m, 0.16m, 0.4m"),
     ] = None,
     train: Annotated[
         list[int] | None,
-        typer.Option(min=1, help="Requests; give several.", show_default="250, 500, 1000"),
+        typer.Option(min=1, help="Requests; give several.", show_default="400, 800, 1600"),
     ] = None,
     predict_size: Annotated[str, typer.Option(help="Of the point that is predicted.")] = "0.4m",
-    predict_train: Annotated[int, typer.Option(min=1, help="Its requests.")] = 2000,
+    predict_train: Annotated[int, typer.Option(min=1, help="Its requests.")] = 3200,
+    rate: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Learning rate that every size tries; give several.",
+            show_default="0.0015, 0.003, 0.006",
+        ),
+    ] = None,
+    trial_train: Annotated[int, typer.Option(min=1, help="Requests of a trial.")] = 800,
     valid: Annotated[int, typer.Option(min=1, help="Requests to measure on.")] = 250,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the requests.")] = 4,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of every point.")] = 1,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the requests.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of every point.")] = 2,
     output: Annotated[
         Path, typer.Option(dir_okay=False, help="JSON; a study that was cut short goes on.")
     ] = Path("results/scaling.json"),
@@ -263,6 +271,8 @@ def scaling(
             sizes=tuple(size or default.sizes),
             amounts=tuple(train or default.amounts),
             held_out=(predict_size, predict_train),
+            rates=tuple(rate or default.rates),
+            trial_amount=trial_train,
             num_valid=valid,
             config=replace(default.config, epochs=epochs),
             seeds=tuple(range(seeds)),
