@@ -10,6 +10,7 @@ RankOnceError
 ├── ShapeError              a tensor handed to a kernel with another shape or dtype
 ├── DataError               rows of a dataset or the input of a metric
 ├── TrainingError           a recipe or a run that cannot go on
+├── OperationsError         a file of API keys, or an address that a server cannot report to
 ├── ServerError             what a server answered to our client instead of scores
 └── MissingDependencyError  a library that belongs to an extra
 
@@ -76,6 +77,10 @@ class ServerError(RankOnceError):
     ) -> None:
         super().__init__(message)
         self.status, self.code, self.param = status, code, param
+
+
+class OperationsError(RankOnceError):
+    """What the operator of a server gave it and it cannot use."""
 
 
 class MissingDependencyError(RankOnceError):

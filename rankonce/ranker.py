@@ -12,19 +12,18 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from rankonce.calibration import Calibration, calibrate_log_probs, read_calibrations
 from rankonce.errors import ModelError, NumericsError, RankOnceError, RequestError
-from rankonce.layout import PassPart, TokenizedRequest, plan_passes
+from rankonce.layout import TokenizedRequest
 from rankonce.model.adapters import is_adapter, read_adapter
-from rankonce.model.execution import PassRunner
 from rankonce.model.loading import LoadedModel, add_adapter, load_model
-from rankonce.model.prefix_cache import KeysValues, PrefixCache
+from rankonce.model.scoring import RawScores, Scorer
 from rankonce.prompts.encoding import TextEncoder
 from rankonce.prompts.rendering import RenderedRequest, Renderer
 from rankonce.prompts.tasks import Task, find_task, library_tasks
+from rankonce.prompts.token_cache import TokenCache
 from rankonce.records import CandidateScore, ScoreRequest, ScoreResult, TokenUsage, read_request
 
 EMBEDDED_MODEL = Path(__file__).parent / "embedded"
@@ -41,6 +40,7 @@ class RankerConfig:
         max_graph_tokens: passes of up to this many tokens are replayed as CUDA graphs, where the
             model allows it; 0 replays none.
         prefix_cache_mb: bound of the prefix cache in MB; 0 keeps nothing.
+        token_cache_mb: bound of the token ids of candidates and events that are kept, in MB.
         label_mass: also read the whole vocabulary and report the labels' share of it.
         chat: use the tokenizer's chat template; ``None`` uses it where there is one.
         adapter: scores the requests that name none, whatever their task; ``None`` leaves it to the
@@ -51,6 +51,7 @@ class RankerConfig:
     max_tokens_per_pass: int = 16_384
     max_graph_tokens: int = 4096
     prefix_cache_mb: int = 256
+    token_cache_mb: int = 64
     label_mass: bool = False
     chat: bool | None = None
     adapter: str | None = None
@@ -64,26 +65,6 @@ class PreparedRequest:
     request: ScoreRequest
     task: Task
     rendered: RenderedRequest
-
-
-@dataclass(kw_only=True)
-class RawScores:
-    """What the model says of one request's C candidates.
-
-    Attributes:
-        labels_CL: log P(label) among the labels, FP32.
-        mass_C: log of the labels' probability in the whole vocabulary, where asked for.
-        top_logprobs_CN, top_ids_CN: most probable tokens, where asked for.
-        computed_tokens: tokens of this request that went through the model.
-        cached_tokens: prefix tokens that came from the cache.
-    """
-
-    labels_CL: Tensor
-    mass_C: Tensor | None = None
-    top_logprobs_CN: Tensor | None = None
-    top_ids_CN: Tensor | None = None
-    computed_tokens: int = 0
-    cached_tokens: int = 0
 
 
 class Ranker:
@@ -112,13 +93,16 @@ class Ranker:
             }
             self.calibrations = {name: read_calibrations(one) for name, one in folders.items()}
         self.tasks: dict[str, Task] = {**library_tasks(), **{task.name: task for task in tasks}}
-        encoder = TextEncoder(model.tokenizer, chat=self.config.chat)
+        encoder = TextEncoder(
+            model.tokenizer,
+            chat=self.config.chat,
+            cache=TokenCache(self.config.token_cache_mb * 1_000_000),
+        )
         self.renderer = Renderer(encoder, max_prompt_tokens=model.max_prompt_tokens)
-        self.cache = PrefixCache(self.config.prefix_cache_mb * 1_000_000)
-        self.runner = PassRunner(
-            model.network,
-            model.table_keys,
-            max_graph_tokens=self.config.max_graph_tokens if model.is_capturable else 0,
+        self.scorer = Scorer(
+            model,
+            cache_bytes=self.config.prefix_cache_mb * 1_000_000,
+            max_graph_tokens=self.config.max_graph_tokens,
         )
 
     @classmethod
@@ -201,16 +185,30 @@ class Ranker:
                 waiting, tokens = [], 0
         yield from self._finish_all(waiting)
 
-    def prepare(self, request: ScoreRequest) -> PreparedRequest:
+    def prepare(
+        self,
+        request: ScoreRequest,
+        *,
+        cache_salt: str | None = None,
+        needs_candidates: bool = True,
+        is_checked: bool = False,
+    ) -> PreparedRequest:
         """Render a request and find its labels' tokens.
+
+        Args:
+            cache_salt: requests of different salts share nothing that is kept.
+            needs_candidates: refuse a request without candidates, of which only the prefix can be
+                computed.
+            is_checked: every field has been checked already, as ``read_request`` does it.
 
         Raises:
             RankOnceError: names the field of the request that cannot be used.
         """
-        request = read_request(request)
+        if not is_checked:
+            request = read_request(request, needs_candidates=needs_candidates)
         task = find_task(request.task, self.tasks)
         adapter = self.choose_adapter(request.adapter, task=task.name)
-        rendered = self.renderer.render(task, request)
+        rendered = self.renderer.render(task, request, cache_salt=cache_salt)
         rendered = replace(rendered, tokens=replace(rendered.tokens, adapter=adapter))
         self.model.check_ids(rendered.tokens)
         return PreparedRequest(request=request, task=task, rendered=rendered)
@@ -252,16 +250,15 @@ class Ranker:
         calibrations = read_calibrations(folder) if self.config.calibrate else {}
         add_adapter(self.model, folder, name=name)
         self.calibrations[name] = calibrations
-        self.runner.forget_recordings()
+        self.scorer.runner.forget_recordings()
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter with all that was computed with it; nothing else may run meanwhile."""
         self.model.adapters.remove(self.model.network, name)
         self.calibrations.pop(name, None)
-        self.cache.drop(name)
-        self.runner.forget_recordings()
+        self.scorer.cache.drop(name)
+        self.scorer.runner.forget_recordings()
 
-    @torch.inference_mode()
     def forward(
         self,
         requests: Sequence[TokenizedRequest],
@@ -275,55 +272,12 @@ class Ranker:
             label_mass: also normalise over the whole vocabulary; the ranker's setting by default.
             num_top: also give this many most probable tokens of every candidate.
         """
-        whole = num_top > 0 or (self.config.label_mass if label_mass is None else label_mass)
-        raws: dict[int, RawScores] = {}
-        for adapter in dict.fromkeys(request.adapter for request in requests):
-            places = [i for i, request in enumerate(requests) if request.adapter == adapter]
-            self.model.adapters.use(adapter)
-            scores = self._forward_alike([requests[place] for place in places], whole, num_top)
-            raws.update(zip(places, scores, strict=True))
-        return [raws[place] for place in range(len(requests))]
-
-    def _forward_alike(
-        self, requests: Sequence[TokenizedRequest], whole: bool, num_top: int
-    ) -> list[RawScores]:
-        """Run requests through the model with the adapter that is in use."""
-        prefixes: dict[int, KeysValues] = {}
-        for index, request in enumerate(requests):
-            if not self.config.prefix_cache_mb:
-                break
-            entry = self.cache.get(request.prefix_ids, request.adapter)
-            if entry is not None:
-                prefixes[index] = entry
-        passes = plan_passes(
+        return self.scorer.forward(
             requests,
-            [index in prefixes for index in range(len(requests))],
             max_tokens_per_pass=self.config.max_tokens_per_pass,
+            whole=self.config.label_mass if label_mass is None else label_mass,
+            num_top=num_top,
         )
-        pieces: list[list[RawScores]] = [[] for _ in requests]
-        from_cache = set(prefixes)
-        for number, parts in enumerate(passes):
-            going_on = {part.request for later in passes[number + 1 :] for part in later}
-            hidden_CD, kept = self.runner.run(
-                parts,
-                requests,
-                prefixes,
-                keep_prefixes=self.config.prefix_cache_mb > 0 or bool(going_on),
-            )
-            for index, entry in kept.items():
-                self.cache.put(requests[index].prefix_ids, entry, requests[index].adapter)
-                if index in going_on:
-                    prefixes[index] = entry
-            row = 0
-            for part in parts:
-                rows_CD = hidden_CD[row : row + part.last - part.first]
-                row += part.last - part.first
-                scores = self._read_head(rows_CD, requests[part.request], whole, num_top)
-                _count_tokens(scores, part, requests[part.request], from_cache)
-                pieces[part.request].append(scores)
-            for index in set(prefixes) - going_on:
-                del prefixes[index]
-        return [_join(scores) for scores in pieces]
 
     def finish(self, prepared: PreparedRequest, raw: RawScores) -> ScoreResult:
         """Turn the model's numbers into the answer, in the request's own order.
@@ -348,6 +302,11 @@ class Ranker:
             calibrated = _calibrate(raw.labels_CL, task, calibration)
         ranks = {index: place + 1 for place, index in enumerate(order)}
         masses = None if raw.mass_C is None else raw.mass_C.exp().tolist()
+        # A text that stands twice may differ from itself in the last bit: its first value counts.
+        by_text: dict[tuple[int, ...], float] = {}
+        for segment, value in zip(tokens.segment_ids, values, strict=True):
+            by_text.setdefault(segment, value)
+        num_distinct = len(set(by_text.values()))
         return ScoreResult(
             id=request.id,
             task=task.name,
@@ -370,9 +329,9 @@ class Ranker:
                 cached_tokens=raw.cached_tokens,
                 separate_tokens=tokens.separate_tokens,
             ),
-            distinct_score_ratio=len(set(values)) / len(set(tokens.segment_ids)),
+            distinct_score_ratio=num_distinct / len(by_text),
             warnings=(
-                *_warnings(prepared, values, masses),
+                *_warnings(prepared, len(by_text) - num_distinct, masses),
                 *self._calibration_warnings(request, tokens.adapter),
             ),
             adapter=tokens.adapter,
@@ -397,21 +356,6 @@ class Ranker:
         raws = self.forward([one.rendered.tokens for one in prepared])
         yield from (self.finish(one, raw) for one, raw in zip(prepared, raws, strict=True))
 
-    def _read_head(
-        self, rows_CD: Tensor, request: TokenizedRequest, whole: bool, num_top: int
-    ) -> RawScores:
-        head = self.model.head
-        if not whole:
-            return RawScores(labels_CL=head.label_logprobs(rows_CD, request.label_ids))
-        scores = head.vocabulary_logprobs(rows_CD, request.label_ids, num_top=num_top)
-        mass_C = scores.labels_CL.logsumexp(dim=1)
-        return RawScores(
-            labels_CL=scores.labels_CL - mass_C[:, None],
-            mass_C=mass_C,
-            top_logprobs_CN=scores.top_logprobs_CN,
-            top_ids_CN=scores.top_ids_CN,
-        )
-
 
 def _calibrate(
     labels_CL: Tensor, task: Task, calibration: Calibration
@@ -424,37 +368,8 @@ def _calibrate(
     ]
 
 
-def _count_tokens(
-    scores: RawScores, part: PassPart, request: TokenizedRequest, from_cache: set[int]
-) -> None:
-    segments = request.segment_ids[part.first : part.last]
-    scores.computed_tokens = sum(map(len, segments))
-    if part.first == 0:
-        if part.request in from_cache:
-            scores.cached_tokens = len(request.prefix_ids)
-        else:
-            scores.computed_tokens += len(request.prefix_ids)
-
-
-def _join(pieces: Sequence[RawScores]) -> RawScores:
-    """Join the parts of a request on the host: the first wait for the device, after all passes."""
-
-    def rows(name: str) -> Tensor | None:
-        tensors = [getattr(piece, name) for piece in pieces]
-        return None if tensors[0] is None else torch.cat(tensors).cpu()
-
-    return RawScores(
-        labels_CL=torch.cat([piece.labels_CL for piece in pieces]).cpu(),
-        mass_C=rows("mass_C"),
-        top_logprobs_CN=rows("top_logprobs_CN"),
-        top_ids_CN=rows("top_ids_CN"),
-        computed_tokens=sum(piece.computed_tokens for piece in pieces),
-        cached_tokens=sum(piece.cached_tokens for piece in pieces),
-    )
-
-
 def _warnings(
-    prepared: PreparedRequest, values: Sequence[float], masses: Sequence[float] | None
+    prepared: PreparedRequest, num_ties: int, masses: Sequence[float] | None
 ) -> tuple[str, ...]:
     warnings = []
     history = prepared.rendered.history
@@ -463,13 +378,8 @@ def _warnings(
             f"history: {len(history.dropped)} of {history.num_events} events were dropped by "
             f"policy {history.policy}"
         )
-    segments = prepared.rendered.tokens.segment_ids
-    by_value: Mapping[float, set[tuple[int, ...]]] = {value: set() for value in values}
-    for value, segment in zip(values, segments, strict=True):
-        by_value[value].add(segment)
-    collapsed = sum(len(texts) - 1 for texts in by_value.values())
-    if collapsed:
-        warnings.append(f"scores: {collapsed} different candidates share a score with another one")
+    if num_ties:
+        warnings.append(f"scores: {num_ties} different candidates share a score with another one")
     if masses is not None and min(masses) < _LOW_LABEL_MASS:
         warnings.append(
             f"labels: their probability in the whole vocabulary is as low as {min(masses):.2g}; "

@@ -217,7 +217,8 @@ class ScoreResult:
 
     Attributes:
         candidates: in the request's own order.
-        distinct_score_ratio: distinct values over candidates with distinct text; 1.0 is healthy.
+        distinct_score_ratio: distinct values over distinct candidates; 1.0 is healthy. Candidates
+            of one text count once, with the value of the first.
         warnings: what the caller should know, in words.
         adapter: the adapter that scored; ``None`` is the backbone alone.
         calibration: the method, where the scores are calibrated.
@@ -241,8 +242,11 @@ class ScoreResult:
 _REQUEST = TypeAdapter(ScoreRequest)
 
 
-def read_request(data: Any) -> ScoreRequest:
+def read_request(data: Any, *, needs_candidates: bool = True) -> ScoreRequest:
     """Check decoded JSON, or a request made in Python, and make a request of it.
+
+    Args:
+        needs_candidates: refuse a request that has none.
 
     Raises:
         RequestError: names each field that is wrong, missing or unknown.
@@ -251,7 +255,7 @@ def read_request(data: Any) -> ScoreRequest:
         request = _REQUEST.validate_python(data)
     except ValidationError as error:
         raise RequestError(describe_faults(error.errors())) from error
-    if not request.candidates:
+    if needs_candidates and not request.candidates:
         raise RequestError("candidates: should hold at least one candidate")
     return request
 

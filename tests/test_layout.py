@@ -43,6 +43,24 @@ def test_keys_of_cached_prefixes_stand_in_front_of_the_tokens() -> None:
     assert layout.positions_T.tolist() == [0, 1, 2, 3, 4, 5, 6]
 
 
+def test_a_prefix_that_is_known_in_part_stands_whole_in_front() -> None:
+    parts = [
+        PassPart(request=0, first=0, last=1, cached=True),
+        PassPart(request=1, first=0, last=2, cached=False, known=2),
+        PassPart(request=2, first=0, last=1, cached=False),
+    ]
+    layout = lay_out_pass(parts, [3, 5, 2], [[1], [2, 1], [1]])
+    # Known: 3 rows of request 0, 2 of request 1. Tokens: segment 0; rest of 3, segments; prefix 2.
+    assert layout.num_cached == 5
+    assert layout.front_rows_F.tolist() == [0, 1, 2, 3, 4, 6, 7, 8]
+    assert layout.num_keys == layout.num_tokens + 8 == 18
+    assert list(zip(layout.prefix_start, layout.prefix_end, strict=True)) == [
+        (0, 3), (3, 5), (3, 8), (3, 8), (0, 0), (15, 17),
+    ]  # fmt: skip
+    assert layout.key_start.tolist() == [8, 9, 12, 14, 15, 17]
+    assert layout.positions_T.tolist() == [3, 2, 3, 4, 5, 6, 5, 0, 1, 2]
+
+
 @given(
     requests=st.lists(tokenized, min_size=1, max_size=6),
     budget=st.integers(min_value=1, max_value=400),
@@ -51,8 +69,8 @@ def test_keys_of_cached_prefixes_stand_in_front_of_the_tokens() -> None:
 def test_a_plan_scores_every_candidate_once_and_computes_every_prefix_once(
     requests: list[TokenizedRequest], budget: int, data: st.DataObject
 ) -> None:
-    cached = [data.draw(st.booleans()) for _ in requests]
-    passes = plan_passes(requests, cached, max_tokens_per_pass=budget)
+    known = [data.draw(st.integers(0, len(one.prefix_ids))) for one in requests]
+    passes = plan_passes(requests, known, max_tokens_per_pass=budget)
     scored = [
         (part.request, candidate)
         for parts in passes
@@ -60,12 +78,15 @@ def test_a_plan_scores_every_candidate_once_and_computes_every_prefix_once(
         for candidate in range(part.first, part.last)
     ]
     assert scored == [(r, c) for r, one in enumerate(requests) for c in range(len(one.segment_ids))]
-    computed = [part.request for parts in passes for part in parts if not part.cached]
-    assert computed == [index for index, known in enumerate(cached) if not known]
+    computed = {part.request: part.known for parts in passes for part in parts if not part.cached}
+    assert computed == {
+        i: known[i] for i, one in enumerate(requests) if known[i] < len(one.prefix_ids)
+    }
     for parts in passes:
         tokens = sum(
             sum(len(ids) for ids in requests[part.request].segment_ids[part.first : part.last])
-            + (0 if part.cached else len(requests[part.request].prefix_ids))
+            + len(requests[part.request].prefix_ids)
+            - part.known_of(len(requests[part.request].prefix_ids))
             for part in parts
         )
         alone = len(parts) == 1 and parts[0].last - parts[0].first == 1
@@ -75,5 +96,5 @@ def test_a_plan_scores_every_candidate_once_and_computes_every_prefix_once(
 @given(requests=st.lists(tokenized, min_size=1, max_size=6))
 def test_a_request_that_fits_in_a_pass_is_not_cut(requests: list[TokenizedRequest]) -> None:
     budget = max(len(one.prefix_ids) + sum(map(len, one.segment_ids)) for one in requests)
-    passes = plan_passes(requests, [False] * len(requests), max_tokens_per_pass=budget)
+    passes = plan_passes(requests, [0] * len(requests), max_tokens_per_pass=budget)
     assert sum(map(len, passes)) == len(requests)

@@ -98,6 +98,41 @@ def test_a_cached_prefix_gives_the_scores_of_a_fresh_one(
 
 
 @architectures
+def test_a_prefix_cached_in_part_gives_the_scores_of_a_fresh_one(
+    load_random: Load, architecture: str
+) -> None:
+    """A history that has grown since, and another member with the same instruction."""
+    model = load_random(architecture)
+    ranker, fresh = ranker_of(model, prefix_cache_mb=64), ranker_of(model)
+    request = build_request(23)
+    ranker.score(replace(request, history=request.history[:-2]))
+    for changed in (request, replace(request, profile={"num_ratings": 3, "like_share": 0.5})):
+        result = ranker.score(changed)
+        assert 0 < result.usage.cached_tokens < result.usage.separate_tokens / 23
+        assert (
+            result.usage.cached_tokens + result.usage.computed_tokens == result.usage.prompt_tokens
+        )
+        assert_same(result.candidates, fresh.score(changed).candidates)
+    again = ranker.score(request)
+    assert again.usage.cached_tokens == len(ranker.prepare(request).rendered.tokens.prefix_ids)
+    assert_same(again.candidates, fresh.score(request).candidates)
+
+
+@architectures
+def test_a_request_cut_behind_a_prefix_cached_in_part_scores_as_a_fresh_one(
+    load_random: Load, architecture: str
+) -> None:
+    model = load_random(architecture)
+    ranker = ranker_of(model, prefix_cache_mb=64, max_tokens_per_pass=450)
+    request = build_request(40)
+    ranker.score(replace(request, history=request.history[:-2], candidates=request.candidates[:1]))
+    assert_same(
+        ranker.score(request).candidates,
+        ranker_of(model, max_tokens_per_pass=100_000).score(request).candidates,
+    )
+
+
+@architectures
 def test_different_candidates_never_share_a_score(load_random: Load, architecture: str) -> None:
     result = ranker_of(load_random(architecture)).score(build_request(200))
     assert result.distinct_score_ratio == 1.0

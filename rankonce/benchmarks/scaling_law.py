@@ -23,6 +23,9 @@ _STARTS = tuple(product((0.5, 0.8, 0.95), (0.3, 1.0), (0.3, 1.0)))
 # Logarithms of a term at the middle of the grid, and exponents.
 _BOUNDS = ((-12.0, 3.0), (0.01, 4.0))
 _NUM_PARAMETERS = 5
+# The numbers as the fit has them, and what share of its range away from a bound one lies on it.
+_NAMES = ("E", "the term of size", "the term of data", "a", "b")
+_ON_BOUND = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +35,12 @@ class Point:
     Attributes:
         size: N, weights that are no embedding.
         data: D, requests that were learnt from.
-        loss: in nats.
+        losses: in nats, one a seed.
     """
 
     size: float
     data: float
-    loss: float
+    losses: tuple[float, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +72,11 @@ class Prediction:
     Attributes:
         law: fitted to the points.
         loss: what it says.
-        low, high: where a measurement should lie with the given ``confidence``.
-        residual: standard deviation of log L around the law.
+        low, high: where the mean of as many seeds as a point has should lie, with the given
+            ``confidence``.
+        residual: standard deviation of the points' log L around the law.
+        seed_noise: standard deviation of log L between seeds of a point; ``None`` with one seed.
+        on_bounds: names of what the fit left on a bound, which the points do not determine.
     """
 
     law: ScalingLaw
@@ -79,6 +85,8 @@ class Prediction:
     high: float
     confidence: float
     residual: float
+    seed_noise: float | None
+    on_bounds: tuple[str, ...]
 
 
 def check_scipy() -> None:
@@ -118,15 +126,18 @@ def predict_loss(
     """Fit the law and say where another point should lie.
 
     The interval is a parametric bootstrap: the fitted losses are disturbed by as much as the points
-    lie off the law, the law is fitted again, and what it says is disturbed once more. How far
-    points lie off is known from few of them, so its square is drawn too, from its inverse χ²:
-    tails are those of Student's t. It counts the noise of runs and a law that bends; it knows
-    nothing of a law that breaks outside the grid.
+    lie off the law, or as much as the mean of their seeds does, whichever is more; the law is
+    fitted again, and what it says is disturbed once more. Both deviations are known from few
+    numbers, so their squares are drawn too, from their inverse χ²: tails are those of Student's t.
+    It counts the noise of seeds and a law that bends; it knows nothing of a law that breaks outside
+    the grid.
 
     Raises:
-        DataError: there are too few points.
+        DataError: there are too few points, or they differ in their number of seeds.
     """
     fit = _Fit(points)
+    num_seeds = len(points[0].losses)
+    seed_noise = _noise_of_seeds(points)
     best = fit.best()
     fitted = fit.log_losses(best)
     freedom = len(points) - _NUM_PARAMETERS
@@ -134,7 +145,10 @@ def predict_loss(
     random = np.random.default_rng(seed)
     drawn = []
     for _ in range(num_samples):
-        spread = residual * np.sqrt(freedom / random.chisquare(freedom))
+        spread = _draw_deviation(random, residual, freedom)
+        if seed_noise is not None:
+            of_seeds = _draw_deviation(random, seed_noise, len(points) * (num_seeds - 1))
+            spread = max(spread, of_seeds / num_seeds**0.5)
         again = fit.solve(fitted + spread * random.standard_normal(len(points)), best)[0]
         drawn.append(fit.law(again).loss(size, data) * np.exp(spread * random.standard_normal()))
     low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2]).tolist()
@@ -146,7 +160,22 @@ def predict_loss(
         high=high,
         confidence=confidence,
         residual=residual,
+        seed_noise=seed_noise,
+        on_bounds=fit.on_bounds(best),
     )
+
+
+def _draw_deviation(random: np.random.Generator, deviation: float, freedom: int) -> float:
+    return float(deviation * np.sqrt(freedom / random.chisquare(freedom)))
+
+
+def _noise_of_seeds(points: Sequence[Point]) -> float | None:
+    """Standard deviation of log L between the seeds of a point, pooled over the points."""
+    if len({len(point.losses) for point in points}) > 1:
+        raise DataError("points: should all have the same number of losses, one a seed")
+    if len(points[0].losses) == 1:
+        return None
+    return float(np.sqrt(np.mean([np.var(np.log(point.losses), ddof=1) for point in points])))
 
 
 class _Fit:
@@ -162,7 +191,7 @@ class _Fit:
         for name in ("size", "data"):
             if len({getattr(point, name) for point in points}) < 2:
                 raise DataError(f"points: should have at least two different values of {name}")
-        self.targets: Floats = np.log([point.loss for point in points])
+        self.targets: Floats = np.log([np.mean(p.losses) for p in points])
         sizes, data = (np.log([getattr(p, name) for p in points]) for name in ("size", "data"))
         self._middle = (float(sizes.mean()), float(data.mean()))
         self._sizes: Floats = sizes - self._middle[0]
@@ -179,14 +208,10 @@ class _Fit:
         """Fit from one start; return the numbers and the cost."""
         from scipy.optimize import least_squares
 
-        term, power = _BOUNDS
-        # E is less than every loss, also where few points make a drawn one tiny.
-        most = float(targets.min())
-        low = [min(term[0], most - 1), term[0], term[0], power[0], power[0]]
-        high = [most, term[1], term[1], power[1], power[1]]
+        low, high = _bounds(targets)
         found: Any = least_squares(
             lambda numbers: self.log_losses(numbers) - targets,
-            np.clip(start, np.array(low) + 1e-6, np.array(high) - 1e-6),
+            np.clip(start, low + 1e-6, high - 1e-6),
             bounds=(low, high),
             loss="huber",
             f_scale=_HUBER,
@@ -205,6 +230,12 @@ class _Fit:
             )
         return min(fits, key=lambda fit: fit[1])[0]
 
+    def on_bounds(self, numbers: Floats) -> tuple[str, ...]:
+        """Name what lies on a bound."""
+        low, high = _bounds(self.targets)
+        away = np.minimum(numbers - low, high - numbers)
+        return tuple(np.array(_NAMES)[away < _ON_BOUND * (high - low)].tolist())
+
     def law(self, numbers: Floats) -> ScalingLaw:
         """Write the numbers as the law has them."""
         floor, size_term, data_term, a, b = numbers.tolist()
@@ -215,3 +246,12 @@ class _Fit:
             data_scale=float(np.exp(self._middle[1] + data_term / b)),
             data_power=b,
         )
+
+
+def _bounds(targets: Floats) -> tuple[Floats, Floats]:
+    """The smallest and largest numbers that a fit may give."""
+    term, power = _BOUNDS
+    # E is less than every loss, also where few points make a drawn one tiny.
+    most = float(targets.min())
+    low = np.array([min(term[0], most - 1), term[0], term[0], power[0], power[0]])
+    return low, np.array([most, term[1], term[1], power[1], power[1]])

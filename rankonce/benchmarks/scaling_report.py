@@ -12,11 +12,11 @@ from rankonce.errors import MissingDependencyError
 
 
 def describe_scaling(record: Mapping[str, Any]) -> str:
-    """Write a finished record as two tables in Markdown: points, and the law."""
+    """Write a finished record as tables in Markdown: points, law, trials; and its warnings."""
     prediction, law = record["prediction"], ScalingLaw(**record["prediction"]["law"])
     lines = [
-        "| size | weights, no embedding | requests | log-loss | by the law | AUC |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| size | weights, no embedding | learning rate | requests | log-loss | by the law | AUC |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for runs in (*group_runs(record["runs"]), *group_runs(record["held_out"])):
         first = runs[0]
@@ -25,6 +25,7 @@ def describe_scaling(record: Mapping[str, Any]) -> str:
         cells = [
             first["size"],
             f"{first['weights']:,}",
+            f"{first['learning_rate']:g}",
             f"{first['requests']:,}",
             _mean_and_error([run["expected_log_loss"] for run in runs]),
             f"{said:.4f}{' (predicted)' if is_held_out else ''}",
@@ -33,7 +34,7 @@ def describe_scaling(record: Mapping[str, Any]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     measured = statistics.mean(run["expected_log_loss"] for run in record["held_out"])
     inside = prediction["low"] <= measured <= prediction["high"]
-    truth = record["truth"]
+    truth, noise = record["truth"], prediction["seed_noise"]
     rows = {
         "E of the law": f"{law.floor:.4f}",
         "E of the simulator": f"{truth['floor']:.4f}",
@@ -41,6 +42,7 @@ def describe_scaling(record: Mapping[str, Any]) -> str:
         "N0, a": f"{law.size_scale:.4g}, {law.size_power:.3f}",
         "D0, b": f"{law.data_scale:.4g}, {law.data_power:.3f}",
         "deviation of log L around the law": f"{prediction['residual']:.4f}",
+        "deviation of log L between seeds": "one seed" if noise is None else f"{noise:.4f}",
         "predicted": f"{prediction['loss']:.4f}",
         f"{prediction['confidence']:.0%} interval": (
             f"{prediction['low']:.4f} to {prediction['high']:.4f}"
@@ -50,7 +52,18 @@ def describe_scaling(record: Mapping[str, Any]) -> str:
         "first run of that point": min(run["started"] for run in record["held_out"]),
     }
     lines += ["", "| law | |", "| --- | ---: |"]
-    return "\n".join([*lines, *(f"| {name} | {value} |" for name, value in rows.items())])
+    lines += [f"| {name} | {value} |" for name, value in rows.items()]
+    trials = group_runs(record["trials"])
+    tried = [f"{run['learning_rate']:g}" for run in trials[0]]
+    requests = f"{trials[0][0]['requests']:,}"
+    lines += ["", f"| trial, {requests} requests, learning rate | {' | '.join(tried)} |"]
+    lines.append(f"| --- | {' | '.join('---:' for _ in tried)} |")
+    for runs in trials:
+        losses = [f"{run['expected_log_loss']:.4f}" for run in runs]
+        lines.append(f"| {runs[0]['size']} | {' | '.join(losses)} |")
+    if record["warnings"]:
+        lines += ["", *(f"- **Warning:** {warning}." for warning in record["warnings"])]
+    return "\n".join(lines)
 
 
 def group_runs(runs: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from rankonce.cli.bench_serving import serve, soak
 from rankonce.cli.options import quiet_transformers
 
 app = typer.Typer(
@@ -12,6 +13,8 @@ app = typer.Typer(
     help="Measure kernels and whole passes beside their limits and their peers.",
     no_args_is_help=True,
 )
+app.command()(serve)
+app.command()(soak)
 
 SmallOption = Annotated[bool, typer.Option("--small", help="Toy shapes, for a look on a CPU.")]
 DeviceOption = Annotated[
@@ -218,20 +221,28 @@ def training_options(
 
 @app.command()
 def scaling(
-    task: Annotated[str, typer.Option(help="Of a simulated platform.")] = "search-relevance",
+    task: Annotated[str, typer.Option(help="Of a simulated platform.")] = "song-newcomer",
     size: Annotated[
         list[str] | None,
         typer.Option(help="Of the grid; give several.", show_default="0.07m, 0.16m, 0.4m"),
     ] = None,
     train: Annotated[
         list[int] | None,
-        typer.Option(min=1, help="Requests; give several.", show_default="250, 500, 1000"),
+        typer.Option(min=1, help="Requests; give several.", show_default="400, 800, 1600"),
     ] = None,
     predict_size: Annotated[str, typer.Option(help="Of the point that is predicted.")] = "0.4m",
-    predict_train: Annotated[int, typer.Option(min=1, help="Its requests.")] = 2000,
+    predict_train: Annotated[int, typer.Option(min=1, help="Its requests.")] = 3200,
+    rate: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Learning rate that every size tries; give several.",
+            show_default="0.0015, 0.003, 0.006",
+        ),
+    ] = None,
+    trial_train: Annotated[int, typer.Option(min=1, help="Requests of a trial.")] = 800,
     valid: Annotated[int, typer.Option(min=1, help="Requests to measure on.")] = 250,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the requests.")] = 4,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of every point.")] = 1,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the requests.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of every point.")] = 2,
     output: Annotated[
         Path, typer.Option(dir_okay=False, help="JSON; a study that was cut short goes on.")
     ] = Path("results/scaling.json"),
@@ -260,6 +271,8 @@ def scaling(
             sizes=tuple(size or default.sizes),
             amounts=tuple(train or default.amounts),
             held_out=(predict_size, predict_train),
+            rates=tuple(rate or default.rates),
+            trial_amount=trial_train,
             num_valid=valid,
             config=replace(default.config, epochs=epochs),
             seeds=tuple(range(seeds)),
@@ -293,3 +306,30 @@ def report(
     from rankonce.benchmarks.report import write_report
 
     typer.echo(write_report(files, page=page, plots=plots))
+
+
+@app.command("hot-path")
+def hot_path(
+    output: Annotated[Path, typer.Option(dir_okay=False, help="The record to write.")] = Path(
+        "results/hot-path.json"
+    ),
+    requests: Annotated[int, typer.Option(min=2, help="Requests of each arm.")] = 24,
+) -> None:
+    """Time what a server does beside the model: tokenisation, JSON in and out."""
+    import json
+
+    from rich.console import Console
+
+    from rankonce.benchmarks.hot_path import HotPathOptions, measure_hot_path
+
+    quiet_transformers()
+    with Console(stderr=True).status("measuring") as status:
+        record = measure_hot_path(
+            HotPathOptions(num_requests=requests),
+            on_arm=lambda name: status.update(f"measuring: {name}"),
+        )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(record, indent=1) + "\n")
+    typer.echo(
+        json.dumps({k: record[k] for k in ("tokenising", "reading_ms", "writing_ms")}, indent=1)
+    )

@@ -141,7 +141,8 @@ def _prepare(name: str, out: Path, given: Path | None) -> "Dataset":
 def _print_examples(
     dataset: "Dataset", task: str, max_examples: int | None, max_members: int | None
 ) -> None:
-    from rankonce.datasets.examples import ExampleConfig, make_examples
+    from rankonce.datasets.examples import make_examples
+    from rankonce.datasets.rating_examples import ExampleConfig
 
     config = replace(ExampleConfig(), max_members=max_members)
     for example in islice(make_examples(dataset, task, config), max_examples):

@@ -5,17 +5,22 @@ from typing import Annotated
 
 import typer
 
-from rankonce.cli.options import (
+from rankonce.cli.options import TaskFileOption, is_first_process, quiet_transformers
+from rankonce.cli.training_options import (
     AdapterNameOption,
+    LearningRateOption,
     LoraAlphaOption,
     LoraDropoutOption,
     LoraRankOption,
     LoraTargetOption,
+    PassTokensOption,
     QloraOption,
-    TaskFileOption,
-    is_first_process,
-    quiet_transformers,
+    RunFolderOption,
+    SeedOption,
+    StartModelOption,
+    check_start,
     read_adapter_config,
+    size_option,
 )
 from rankonce.errors import TrainingError
 
@@ -25,23 +30,13 @@ def finetune(
         list[Path],
         typer.Option(exists=True, dir_okay=False, help="JSON lines of requests with labels."),
     ],
-    out: Annotated[
-        Path,
-        typer.Option(file_okay=False, help="Folder of the model; a run found there goes on."),
-    ],
+    out: RunFolderOption,
     valid: Annotated[
         list[Path] | None,
         typer.Option(exists=True, dir_okay=False, help="The same, held out: loss every epoch."),
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FOLDER|ID", help="Checkpoint to start from.", show_default="from scratch"
-        ),
-    ] = None,
-    size: Annotated[
-        str | None, typer.Option(help="Size from scratch: 0.07m to 150m.", show_default="3m")
-    ] = None,
+    model: StartModelOption = None,
+    size: Annotated[str | None, size_option(default="3m")] = None,
     loss: Annotated[
         list[str] | None,
         typer.Option(
@@ -57,12 +52,10 @@ def finetune(
         bool, typer.Option("--styles", help="Draw one of its task's wordings for every example.")
     ] = False,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the data.")] = 3,
-    learning_rate: Annotated[float, typer.Option(min=0.0, help="The peak.")] = 1e-3,
+    learning_rate: LearningRateOption = 1e-3,
     targets_per_step: Annotated[int, typer.Option(min=1, help="Labels of a step.")] = 256,
-    max_tokens_per_pass: Annotated[
-        int, typer.Option(min=1, help="Bounds the memory of a pass.")
-    ] = 16_384,
-    seed: Annotated[int, typer.Option(min=0, help="Of everything.")] = 0,
+    max_tokens_per_pass: PassTokensOption = 16_384,
+    seed: SeedOption = 0,
     precision: Annotated[str, typer.Option(help="fp32, or bf16 with weights in fp32.")] = "fp32",
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more work.")
@@ -94,8 +87,7 @@ def finetune(
     from rankonce.training.runs import run_stages
     from rankonce.training.stages import Stage, StageSource, Tasks, finetune_source
 
-    if model is not None and size is not None:
-        raise typer.BadParameter("is for training from scratch", param_hint="--size")
+    check_start(model, size)
     adapter = read_adapter_config(
         lora_rank,
         alpha=lora_alpha,

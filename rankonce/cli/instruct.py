@@ -9,6 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rankonce.cli.options import TaskFileOption, quiet_transformers
+from rankonce.cli.training_options import (
+    LearningRateOption,
+    MaybeRunFolderOption,
+    PassTokensOption,
+    SeedOption,
+    StartModelOption,
+    check_start,
+    size_option,
+)
 
 if TYPE_CHECKING:
     from rankonce.prompts.conversations import Conversation
@@ -36,10 +45,7 @@ def instruct(
             help="JSON lines of conversations: messages, conversations or instruction.",
         ),
     ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(file_okay=False, help="Folder of the model; a run found there goes on."),
-    ] = None,
+    out: MaybeRunFolderOption = None,
     show: Annotated[
         int | None, typer.Option(min=1, help="Print so many conversations instead of training.")
     ] = None,
@@ -74,26 +80,17 @@ def instruct(
         LongConversations,
         typer.Option(help="Conversations that do not fit: refuse, or cut behind an answer."),
     ] = LongConversations.REFUSE,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FOLDER|ID", help="Checkpoint to start from.", show_default="from scratch"
-        ),
-    ] = None,
-    size: Annotated[
-        str | None, typer.Option(help="Size from scratch: 0.07m to 150m.", show_default="3m")
-    ] = None,
+    model: StartModelOption = None,
+    size: Annotated[str | None, size_option(default="3m")] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the examples.")] = 2,
     max_steps: Annotated[
         int | None,
         typer.Option(min=1, help="Steps, in place of epochs: the files are never held in memory."),
     ] = None,
-    learning_rate: Annotated[float, typer.Option(min=0.0, help="The peak.")] = 1e-3,
+    learning_rate: LearningRateOption = 1e-3,
     targets_per_step: Annotated[int, typer.Option(min=1, help="Learnt tokens of a step.")] = 4096,
-    max_tokens_per_pass: Annotated[
-        int, typer.Option(min=1, help="Bounds the memory of a pass.")
-    ] = 16_384,
-    seed: Annotated[int, typer.Option(min=0, help="Of everything.")] = 0,
+    max_tokens_per_pass: PassTokensOption = 16_384,
+    seed: SeedOption = 0,
     task_file: TaskFileOption = None,
 ) -> None:
     """Train on questions about records, mixed with chat data; only answers are learnt.
@@ -112,8 +109,7 @@ def instruct(
         raise typer.BadParameter("is needed, or --chat", param_hint="--examples")
     if sum(choice is not None for choice in (out, show, write)) != 1:
         raise typer.BadParameter("is needed, or --show or --write, one of them", param_hint="--out")
-    if model is not None and size is not None:
-        raise typer.BadParameter("is for training from scratch", param_hint="--size")
+    check_start(model, size)
     quiet_transformers()
     own_tasks = [load_task(path) for path in task_file or ()]
     instructions = tuple(map(load_instruction, instruction_file or ())) or library_instructions()

@@ -13,7 +13,6 @@ from rankonce.cli.request_files import STDIN
 
 if TYPE_CHECKING:
     from rankonce.ranker import Ranker
-    from rankonce.training.adapters import AdapterConfig
 
 
 class Precision(StrEnum):
@@ -115,44 +114,6 @@ ChatOption = Annotated[
         show_default="chat where there is a template",
     ),
 ]
-
-
-LoraRankOption = Annotated[
-    int | None,
-    typer.Option(
-        "--lora-rank",
-        min=1,
-        help="Train an adapter of this rank over --model, which stays as it is.",
-        show_default="train the whole model",
-    ),
-]
-LoraAlphaOption = Annotated[
-    int | None,
-    typer.Option("--lora-alpha", min=1, help="Scales the adapter.", show_default="twice the rank"),
-]
-LoraDropoutOption = Annotated[
-    float | None,
-    typer.Option(
-        "--lora-dropout", min=0.0, max=0.99, help="Of an adapter's inputs.", show_default="0"
-    ),
-]
-LoraTargetOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--lora-target",
-        metavar="NAME",
-        help="Linear layers that get the adapter, such as q_proj; may be given several times.",
-        show_default="all of the decoder",
-    ),
-]
-QloraOption = Annotated[
-    bool,
-    typer.Option("--qlora", help="Hold the model in 4 bits (NF4) while the adapter learns."),
-]
-AdapterNameOption = Annotated[
-    str | None,
-    typer.Option("--adapter-name", help="Domain of the adapter.", show_default="default"),
-]
 AdapterOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -162,34 +123,6 @@ AdapterOption = Annotated[
         "times.",
     ),
 ]
-
-
-def read_adapter_config(
-    rank: int | None,
-    *,
-    alpha: int | None,
-    dropout: float | None,
-    targets: Sequence[str] | None,
-    qlora: bool,
-    name: str | None,
-) -> "AdapterConfig | None":
-    """Read how an adapter is trained; ``None`` without a rank, which the others need."""
-    if rank is None:
-        if qlora or any(option is not None for option in (alpha, dropout, targets, name)):
-            raise typer.BadParameter(
-                "should be given where an adapter is meant", param_hint="--lora-rank"
-            )
-        return None
-    from rankonce.training.adapters import AdapterConfig
-
-    return AdapterConfig(
-        name=name or "default",
-        rank=rank,
-        alpha=alpha,
-        dropout=dropout or 0.0,
-        targets=tuple(targets) if targets else None,
-        quantize="nf4" if qlora else "none",
-    )
 
 
 def read_adapters(texts: Sequence[str] | None) -> dict[str, Path] | None:

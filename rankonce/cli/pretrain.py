@@ -8,6 +8,15 @@ from typing import Annotated, Literal
 import typer
 
 from rankonce.cli.options import quiet_transformers
+from rankonce.cli.training_options import (
+    LearningRateOption,
+    PassTokensOption,
+    RunFolderOption,
+    SeedOption,
+    StartModelOption,
+    check_start,
+    size_option,
+)
 
 
 def pretrain(
@@ -19,23 +28,13 @@ def pretrain(
             "reads it, 1 by default; may be repeated.",
         ),
     ],
-    out: Annotated[
-        Path,
-        typer.Option(file_okay=False, help="Folder of the model; a run found there goes on."),
-    ],
+    out: RunFolderOption,
     valid: Annotated[
         list[Path] | None,
         typer.Option(exists=True, help="The same, held out: perplexity of the result."),
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FOLDER|ID", help="Checkpoint to start from.", show_default="from scratch"
-        ),
-    ] = None,
-    size: Annotated[
-        str | None, typer.Option(help="Size from scratch: 0.07m to 150m.", show_default="10m")
-    ] = None,
+    model: StartModelOption = None,
+    size: Annotated[str | None, size_option(default="10m")] = None,
     max_steps: Annotated[
         int | None,
         typer.Option(
@@ -52,10 +51,8 @@ def pretrain(
     max_tokens_per_document: Annotated[
         int, typer.Option(min=2, help="A longer document is cut into pieces.")
     ] = 2048,
-    max_tokens_per_pass: Annotated[
-        int, typer.Option(min=1, help="Bounds the memory of a pass.")
-    ] = 16_384,
-    learning_rate: Annotated[float, typer.Option(min=0.0, help="The peak.")] = 1e-3,
+    max_tokens_per_pass: PassTokensOption = 16_384,
+    learning_rate: LearningRateOption = 1e-3,
     schedule: Annotated[
         Literal["cosine", "warmup-stable-decay"],
         typer.Option(help="How the learning rate falls."),
@@ -67,7 +64,7 @@ def pretrain(
             help="UTC; events and ratings from then on are left out.",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of everything.")] = 0,
+    seed: SeedOption = 0,
 ) -> None:
     """Pretrain on texts: plain ones, items and histories in words.
 
@@ -77,8 +74,7 @@ def pretrain(
     from rankonce.training.pretraining import PretrainingData
     from rankonce.training.pretraining import pretrain as run
 
-    if model is not None and size is not None:
-        raise typer.BadParameter("is for training from scratch", param_hint="--size")
+    check_start(model, size)
     if max_steps is not None and epochs is not None:
         raise typer.BadParameter("takes the place of --epochs", param_hint="--max-steps")
     quiet_transformers()

@@ -1,9 +1,13 @@
 """``rankonce serve``: scores over HTTP."""
 
+import ipaddress
 import logging
+import signal
+import threading
 from collections.abc import Sequence
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,9 +26,23 @@ from rankonce.cli.options import (
 )
 from rankonce.errors import MissingDependencyError
 
+if TYPE_CHECKING:
+    from rankonce.serving.operations import OperationsConfig
+
+logger = logging.getLogger(__name__)
+
+
+class LogFormat(StrEnum):
+    """``rankonce.serving.logs.LogFormat``, which imports what an extra brings."""
+
+    TEXT = "text"
+    JSON = "json"
+
 
 def serve(
-    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option("--host", help="Address to listen on; see --api-keys for others.")
+    ] = "127.0.0.1",
     port: Annotated[
         int, typer.Option("--port", min=0, max=65_535, help="0 takes a free one.")
     ] = 8000,
@@ -36,6 +54,28 @@ def serve(
             show_default="the checkpoint's name",
         ),
     ] = None,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--data-dir",
+            help="Folder for files and batches; without it there are none.",
+            file_okay=False,
+        ),
+    ] = None,
+    max_batch_lines: Annotated[
+        int, typer.Option("--max-batch-lines", min=1, help="Lines of one batch.")
+    ] = 50_000,
+    max_file_mb: Annotated[
+        int, typer.Option("--max-file-mb", min=1, help="Size of an uploaded file.")
+    ] = 200,
+    batch_lines_in_flight: Annotated[
+        int,
+        typer.Option(
+            "--batch-lines-in-flight",
+            min=1,
+            help="Lines of batches that wait for the model at one time, beside live questions.",
+        ),
+    ] = 8,
     model: Annotated[
         list[str] | None,
         typer.Option(
@@ -62,6 +102,111 @@ def serve(
             help="Let clients load adapters from any folder here, and unload them.",
         ),
     ] = False,
+    max_wait_ms: Annotated[
+        float,
+        typer.Option(min=0, help="How long a pass waits for questions that are being read."),
+    ] = 5.0,
+    max_questions: Annotated[
+        int, typer.Option(min=1, help="Questions under way; more are refused with 429.")
+    ] = 1024,
+    text_threads: Annotated[
+        int, typer.Option(min=1, help="Threads that tokenise and write answers.")
+    ] = 2,
+    result_cache_pairs: Annotated[
+        int,
+        typer.Option(min=0, help="Keep the scores of so many pairs of prefix and candidate."),
+    ] = 0,
+    pin_task: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TASK", help="Read its instruction at the start; may be repeated."),
+    ] = None,
+    max_candidates: Annotated[
+        int,
+        typer.Option(
+            "--max-candidates", min=1, help="Candidates, documents, items or prompts a question."
+        ),
+    ] = 10_000,
+    max_body_mb: Annotated[
+        int, typer.Option("--max-body-mb", min=1, help="Size of a question.")
+    ] = 32,
+    max_open_body_mb: Annotated[
+        int,
+        typer.Option("--max-open-body-mb", min=1, help="Size of all questions held at one time."),
+    ] = 512,
+    header_timeout: Annotated[
+        float,
+        typer.Option("--header-timeout", min=0.1, help="Seconds for the head of a question."),
+    ] = 10,
+    body_timeout: Annotated[
+        float,
+        typer.Option(
+            "--body-timeout", min=0.1, help="Seconds for its body, and one more every 100 kB."
+        ),
+    ] = 30,
+    write_timeout: Annotated[
+        float,
+        typer.Option("--write-timeout", min=0.1, help="Seconds that an answer may lie unread."),
+    ] = 30,
+    api_keys: Annotated[
+        Path | None,
+        typer.Option(
+            "--api-keys",
+            exists=True,
+            dir_okay=False,
+            help="File of API keys, a line name:key or name:sha256:DIGEST each.",
+            show_default="everybody may ask",
+        ),
+    ] = None,
+    requests_per_minute: Annotated[
+        int | None,
+        typer.Option(
+            "--requests-per-minute",
+            min=1,
+            help="Of each key whose line says nothing else.",
+            show_default="any number",
+        ),
+    ] = None,
+    tokens_per_minute: Annotated[
+        int | None,
+        typer.Option(
+            "--tokens-per-minute",
+            min=1,
+            help="Prompt tokens of each key whose line says nothing else.",
+            show_default="any number",
+        ),
+    ] = None,
+    open_metrics: Annotated[
+        bool, typer.Option("--open-metrics", help="Let everybody read /metrics despite keys.")
+    ] = False,
+    log_format: Annotated[
+        LogFormat, typer.Option("--log-format", help="Of the log on stderr.")
+    ] = LogFormat.TEXT,
+    log_bodies: Annotated[
+        bool, typer.Option("--log-bodies", help="Log what members wrote: questions, crashes.")
+    ] = False,
+    otlp_endpoint: Annotated[
+        str | None,
+        typer.Option(
+            "--otlp-endpoint",
+            metavar="URL",
+            help="OpenTelemetry collector for traces, such as http://localhost:4318.",
+            show_default="no traces",
+        ),
+    ] = None,
+    warm_up: Annotated[
+        bool,
+        typer.Option("--warm-up/--cold", help="Ask a question of every kind before /ready."),
+    ] = True,
+    drain_delay: Annotated[
+        float,
+        typer.Option(
+            "--drain-delay", min=0, help="Seconds to go on accepting, unready, after SIGTERM."
+        ),
+    ] = 0,
+    drain_timeout: Annotated[
+        float,
+        typer.Option("--drain-timeout", min=1, help="Seconds that running questions get then."),
+    ] = 30,
 ) -> None:
     """Serve scores over HTTP, to clients of OpenAI, SGLang, vLLM, Cohere, Jina and others too.
 
@@ -69,9 +214,12 @@ def serve(
     """
     try:
         import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import python_multipart  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
-        raise MissingDependencyError(error.name or "fastapi", extra="serve") from error
+        library = (error.name or "fastapi").replace("_", "-")
+        raise MissingDependencyError(library, extra="serve") from error
     models = _read_models(model, served_model_name=served_model_name)
     adapters = read_adapters(adapter)
     if len(models) > 1 and adapters:
@@ -79,17 +227,57 @@ def serve(
             "goes with one model; load adapters over several at run time", param_hint="--adapter"
         )
     from rankonce.serving.app import open_listener, run_server
+    from rankonce.serving.batcher import BatcherConfig
+    from rankonce.serving.batches.config import BatchConfig
+    from rankonce.serving.batches.folder import DataFolder
     from rankonce.serving.engine import ServerConfig
+    from rankonce.serving.keys import read_keys
+    from rankonce.serving.logs import configure_logs
+    from rankonce.serving.operations import OperationsConfig
 
-    # A server's log says how the model runs; uvicorn's has the same level.
-    logging.getLogger("rankonce").setLevel(logging.INFO)
+    configure_logs(log_format.value, log_bodies=log_bodies)
+    _stop_when_told()
+    operations = OperationsConfig(
+        keys=read_keys(api_keys) if api_keys else None,
+        requests_per_minute=requests_per_minute,
+        tokens_per_minute=tokens_per_minute,
+        open_metrics=open_metrics,
+        log_bodies=log_bodies,
+        otlp_endpoint=otlp_endpoint,
+        header_timeout_s=header_timeout,
+        body_timeout_s=body_timeout,
+        write_timeout_s=write_timeout,
+        max_open_body_mb=max_open_body_mb,
+        warm_up=warm_up,
+        drain_delay_s=drain_delay,
+        drain_timeout_s=drain_timeout,
+    )
+    batches = None
+    if data_dir is not None:
+        batches = BatchConfig(
+            data_dir=data_dir,
+            max_lines=max_batch_lines,
+            max_file_mb=max_file_mb,
+            max_lines_in_flight=batch_lines_in_flight,
+        )
     config = ServerConfig(
         host=host,
         port=port,
         served_model_name=served_model_name,
+        batching=BatcherConfig(
+            max_wait_ms=max_wait_ms, max_questions=max_questions, num_text_threads=text_threads
+        ),
+        result_cache_pairs=result_cache_pairs,
+        pinned_tasks=tuple(pin_task or ()),
+        max_candidates=max_candidates,
+        max_body_mb=max_body_mb,
+        batches=batches,
         allow_adapter_loading=allow_adapter_loading,
     )
-    # A taken port should be known before the weights are read.
+    _warn_of_exposure(host, operations)
+    # A taken folder or port should be known before the weights are read.
+    if data_dir is not None:
+        DataFolder(data_dir).close()
     listener = open_listener(config)
     rankers = {
         name: load_ranker(
@@ -111,9 +299,11 @@ def serve(
     shown = f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{listener.getsockname()[1]}"
     shown_names = ", ".join(ranker.model.name for ranker in rankers.values())
-    typer.echo(f"serving {shown_names} on {address}, the interface is at {address}/docs", err=True)
+    # A line of the log like any other, so that whoever reads JSON lines can read it too.
+    logger.info("serving %s on %s, the interface is at %s/docs", shown_names, address, address)
     # A single model without a name of its own is called by its checkpoint's.
-    run_server(rankers.get("", rankers), config, listener)
+    if not run_server(rankers.get("", rankers), config, listener, operations):
+        raise typer.Exit(1)
 
 
 def _read_models(
@@ -139,3 +329,30 @@ def _read_models(
             "goes with one --model that has no name of its own", param_hint="--served-model-name"
         )
     return models
+
+
+def _stop_when_told() -> None:
+    """Stop on SIGTERM while the model loads; the first process of a container ignores it else."""
+
+    def stop(*_: object) -> None:
+        raise SystemExit(0)
+
+    # The server has a handler of its own, and leaves this one behind.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, stop)
+
+
+def _warn_of_exposure(host: str, operations: "OperationsConfig") -> None:
+    """Say loudly what others on the network can do."""
+    try:
+        is_loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        is_loopback = host == "localhost"
+    if not is_loopback and operations.keys is None:
+        logger.warning(
+            "ANYONE WHO REACHES %s MAY ASK THIS SERVER: there are no API keys, give them with "
+            "--api-keys FILE",
+            host,
+        )
+    if operations.log_bodies:
+        logger.warning("THE LOG SHOWS WHAT MEMBERS WROTE: --log-bodies is on")

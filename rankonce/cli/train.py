@@ -5,17 +5,19 @@ from typing import Annotated
 
 import typer
 
-from rankonce.cli.options import (
+from rankonce.cli.options import TaskFileOption, is_first_process, quiet_transformers
+from rankonce.cli.training_options import (
     AdapterNameOption,
     LoraAlphaOption,
     LoraDropoutOption,
     LoraRankOption,
     LoraTargetOption,
     QloraOption,
-    TaskFileOption,
-    is_first_process,
-    quiet_transformers,
+    RunFolderOption,
+    StartModelOption,
+    check_start,
     read_adapter_config,
+    size_option,
 )
 from rankonce.errors import TrainingError
 
@@ -23,20 +25,9 @@ from rankonce.errors import TrainingError
 def train(
     recipe: Annotated[str, typer.Argument(help="ml1m, ml1m-alone or ml-small.")],
     data: Annotated[Path, typer.Option(exists=True, help="Folder of the dataset.")],
-    out: Annotated[
-        Path,
-        typer.Option(file_okay=False, help="Folder of the model; a run found there goes on."),
-    ],
-    model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FOLDER|ID", help="Checkpoint to start from.", show_default="from scratch"
-        ),
-    ] = None,
-    size: Annotated[
-        str | None,
-        typer.Option(help="Size from scratch: 0.07m to 150m.", show_default="the recipe's"),
-    ] = None,
+    out: RunFolderOption,
+    model: StartModelOption = None,
+    size: Annotated[str | None, size_option(default="the recipe's")] = None,
     seed: Annotated[
         int | None, typer.Option(min=0, help="Of everything.", show_default="the recipe's")
     ] = None,
@@ -67,8 +58,7 @@ def train(
     from rankonce.prompts.tasks import load_task
     from rankonce.training.recipes import RECIPES, run_recipe
 
-    if model is not None and size is not None:
-        raise typer.BadParameter("is for training from scratch", param_hint="--size")
+    check_start(model, size)
     adapter = read_adapter_config(
         lora_rank,
         alpha=lora_alpha,

@@ -14,14 +14,16 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 
 from rankonce.datasets.movielens import read_rows
 from rankonce.datasets.statistics import read_labels, read_whole_numbers
 from rankonce.errors import DataError
+from rankonce.prompts.features import count_before
 
 # The prompt holds fewer events than this.
 _MAX_HISTORY = 60
-_LIKE, _DISLIKE = 4.0, 3.0
+LIKE, DISLIKE = 4.0, 3.0
 # What films' and members' deviations are shrunk by.
 _FILM_STRENGTH, _MEMBER_STRENGTH, _ROUNDS = 3.0, 10.0, 6
 _COLUMNS = ("user_id", "item_id", "label", "timestamp", "history_ids")
@@ -36,14 +38,28 @@ def read_ml_small(folder: Path) -> tuple[pl.DataFrame, pl.DataFrame]:
     Raises:
         DataError: a file or a column is missing.
     """
+    ratings, items = read_ratings(folder)
+    rows = label_likes(ratings, "rating")
+    return add_histories(rows, rows), items
+
+
+def read_ratings(folder: Path) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Read ratings (user_id, item_id, rating, timestamp) and items.
+
+    Raises:
+        DataError: a file or a column is missing.
+    """
     ratings, items = read_rows(folder / "ratings.parquet"), read_rows(folder / "items.parquet")
     if missing := {"user_id", "item_id", "rating", "timestamp"} - set(ratings.columns):
         raise DataError(f"ratings: should have the columns {', '.join(sorted(missing))}")
-    clear = ratings.filter((pl.col("rating") >= _LIKE) | (pl.col("rating") <= _DISLIKE))
-    rows = clear.with_columns(label=(pl.col("rating") >= _LIKE).cast(pl.Int8)).sort(
-        "timestamp", "user_id", "item_id"
-    )
-    return add_histories(rows, rows), items
+    return ratings, items
+
+
+def label_likes(ratings: pl.DataFrame, stars: str) -> pl.DataFrame:
+    """Label likes 1 and dislikes 0, without what lies between, in the order of time."""
+    clear = ratings.filter((pl.col(stars) >= LIKE) | (pl.col(stars) <= DISLIKE))
+    labelled = clear.with_columns(label=(pl.col(stars) >= LIKE).cast(pl.Int8))
+    return labelled.sort("timestamp", "user_id", "item_id")
 
 
 def leave_out_members(ratings: pl.DataFrame, *, since: int, until: int) -> pl.DataFrame:
@@ -151,16 +167,16 @@ def add_passed_over(
 
 def add_histories(rows: pl.DataFrame, ratings: pl.DataFrame) -> pl.DataFrame:
     """Add ``history_ids``: the newest films that the member had liked strictly before each row."""
-    liked: dict[int, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
-    likes = ratings.filter(pl.col("label") == 1).sort("timestamp", "item_id")
-    for user, film, moment in likes.select("user_id", "item_id", "timestamp").iter_rows():
-        liked[user][0].append(film)
-        liked[user][1].append(moment)
-    histories = []
-    for user, moment in rows.select("user_id", "timestamp").iter_rows():
-        films, moments = liked[user]
-        end = int(np.searchsorted(moments, moment)) if moments else 0
-        histories.append(films[max(0, end - _MAX_HISTORY) : end])
-    return rows.select(_COLUMNS[:-1]).with_columns(
-        history_ids=pl.Series(histories, dtype=pl.List(pl.Int64))
+    likes = ratings.filter(pl.col("label") == 1).sort("user_id", "timestamp", "item_id")
+    users, films, moments = (likes[name].to_numpy() for name in ("user_id", "item_id", "timestamp"))
+    asked = rows["user_id"].to_numpy()
+    counts, _ = count_before(
+        users, moments, np.ones_like(users), asked, rows["timestamp"].to_numpy()
     )
+    # A member's likes stand together in the order of time, so that each history is one stretch.
+    ends = np.searchsorted(users, asked) + counts
+    lengths = np.minimum(counts, _MAX_HISTORY)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    places = np.repeat(ends - offsets[1:], lengths) + np.arange(offsets[-1])
+    histories = pa.LargeListArray.from_arrays(offsets, films[places])
+    return rows.select(_COLUMNS[:-1]).with_columns(history_ids=pl.Series(values=histories))

@@ -46,7 +46,6 @@ _CANDIDATE_FIELDS = (
     "neighbour_like_share", "co_liked", "closest_co_liked",
 )  # fmt: skip
 _PROFILE_FIELDS = ("num_ratings", "member_like_share", "liked_share")
-_MEMBER_FIELDS = ("genre_like_share", "num_ratings", "member_like_share")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,12 +57,14 @@ class MovieRows:
         films: title and genres of every film by its id.
         numbers: one number a row by the name of its field; nan where nothing is known.
         moments: when a member rated a film.
+        taught: P(liked) of every row, which takes the place of the labels; no prompt says it.
     """
 
     rows: pl.DataFrame
     films: Mapping[int, Mapping[str, Value]]
     numbers: Mapping[str, Floats]
     moments: Mapping[tuple[int, int], int]
+    taught: Floats | None = None
 
     def history(self, index: int) -> list[tuple[int, int]]:
         """Return what a row's member liked strictly before it and when, oldest first."""
@@ -103,31 +104,18 @@ def read_films(items: pl.DataFrame) -> dict[int, dict[str, Value]]:
     return films
 
 
-@dataclass(frozen=True, kw_only=True)
-class FilmPrior:
-    """What is known of a film from elsewhere.
-
-    Attributes:
-        like_share: in 0..1.
-        strength: the raters that it counts as.
-    """
-
-    like_share: float
-    strength: float
-
-
 def movie_rows(
     rows: pl.DataFrame,
     items: pl.DataFrame,
     *,
     train: pl.DataFrame | None = None,
-    priors: Mapping[int, FilmPrior] | None = None,
+    taught: Floats | None = None,
 ) -> MovieRows:
     """Join rows with what was known when they happened.
 
     Args:
         train: rows whose labels may be used; the rows themselves where they are the train part.
-        priors: by film; they change what is taught (see ``movie_examples``), never what is told.
+        taught: see ``MovieRows``.
 
     Raises:
         DataError: a column is missing, or a row names a film that items does not have.
@@ -149,7 +137,11 @@ def movie_rows(
         keys = zip(frame["user_id"].to_list(), frame["item_id"].to_list(), strict=True)
         moments.update(zip(keys, frame["timestamp"].to_list(), strict=True))
     return MovieRows(
-        rows=rows, films=films, numbers=movie_numbers(past, asked, films, priors), moments=moments
+        rows=rows,
+        films=films,
+        numbers=movie_numbers(past, asked, films),
+        moments=moments,
+        taught=taught,
     )
 
 
@@ -157,12 +149,8 @@ def movie_numbers(
     past: PastEvents,
     asked: Questions,
     films: Mapping[int, Mapping[str, Value]],
-    priors: Mapping[int, FilmPrior] | None = None,
 ) -> dict[str, Floats]:
     """Compute what prompts say in numbers, by the names of the task's fields.
-
-    ``taught_share`` and ``taught_film_share`` are the expected and the film's like share with what
-    is known from elsewhere; no prompt says them.
 
     Args:
         past: without histories what others liked together is not known.
@@ -185,22 +173,14 @@ def movie_numbers(
         neighbour_share = np.where(
             rates.counts > 0, rates.share(prior=film_share, strength=_NEIGHBOUR_STRENGTH), np.nan
         )
-    taught = _with_priors(item, asked, priors or {})
-
-    def expect(rates: Rates) -> Floats:
-        return expected_share(
-            rates,
+    return {
+        "expected_like_share": expected_share(
+            item,
             member,
             overall=overall,
             item_strength=_FILM_STRENGTH,
             member_strength=_MEMBER_STRENGTH,
-        )
-
-    return {
-        "expected_like_share": expect(item),
-        "film_share": film_share,
-        "taught_share": expect(taught),
-        "taught_film_share": taught.share(prior=overall, strength=_FILM_STRENGTH),
+        ),
         "num_raters": item.counts,
         "like_share": np.where(item.counts > 0, film_share, np.nan),
         "genre_like_share": np.where(
@@ -217,22 +197,12 @@ def movie_numbers(
     }
 
 
-def _with_priors(item: Rates, asked: Questions, priors: Mapping[int, FilmPrior]) -> Rates:
-    nothing = FilmPrior(like_share=0.0, strength=0.0)
-    known = [priors.get(film, nothing) for film in asked.items.tolist()]
-    strengths = np.array([prior.strength for prior in known])
-    shares = np.array([prior.like_share for prior in known])
-    return Rates(counts=item.counts + strengths, likes=item.likes + strengths * shares)
-
-
 def movie_examples(
     movies: MovieRows,
     *,
     candidates_per_example: int,
     seed: int | None = None,
     shared_history: bool = True,
-    newcomers: float = 0.0,
-    smoothing: float = 0.0,
 ) -> Iterator[TrainingExample]:
     """Group rows of a member, in the order of time, into examples.
 
@@ -243,10 +213,6 @@ def movie_examples(
         shared_history: all rows of an example get the profile and history of its first one, as of
             then, while each film is described as of its own row. Else
             only rows with the very same history and statistics of the member share an example.
-        newcomers: share of the examples in which nothing is said of the member but the history, as
-            of members whose ratings are not known; needs a seed.
-        smoothing: labels become soft: this part of them is the expected share, with what is known
-            of the film from elsewhere: a few rows of one member and film cannot know better.
     """
     random = None if seed is None else np.random.default_rng(seed)
     by_member: dict[int, list[int]] = defaultdict(list)
@@ -256,8 +222,7 @@ def movie_examples(
         by_member[users[index]].append(index)
     for indices in by_member.values():
         for group in _groups(movies, indices, candidates_per_example, shared_history, random):
-            is_new = random is not None and bool(random.random() < newcomers)
-            yield _example(movies, group, random, smoothing, is_new)
+            yield _example(movies, group, random)
 
 
 def _groups(
@@ -290,73 +255,61 @@ def _example(
     movies: MovieRows,
     indices: list[int],
     random: np.random.Generator | None,
-    smoothing: float,
-    is_new: bool,
 ) -> TrainingExample:
     first = indices[0]
     time = int(movies.rows["timestamp"][first])
     if random is not None:
         indices = [indices[place] for place in random.permutation(len(indices))]
-    known = "label" in movies.rows.columns
     items = movies.rows["item_id"]
-    expected = "taught_film_share" if is_new else "taught_share"
     return TrainingExample(
         request=ScoreRequest(
             task=TASK,
             time=float(time),
-            profile=_profile(movies, first, is_new),
+            profile=_profile(movies, first),
             history=tuple(
                 Event(item=Item(fields=movies.films[film]), action="liked", time=float(when))
                 for film, when in movies.history(first)
             ),
             candidates=tuple(
-                Item(id=str(index), fields=_candidate(movies, items[index], index, is_new))
+                Item(id=str(index), fields=_candidate(movies, items[index], index))
                 for index in indices
             ),
         ),
-        labels=tuple(
-            _label(int(movies.rows["label"][index]), movies.numbers[expected][index], smoothing)
-            if known
-            else None
-            for index in indices
-        ),
+        labels=tuple(_label(movies, index) for index in indices),
     )
 
 
-def _profile(movies: MovieRows, index: int, is_new: bool) -> dict[str, Value]:
-    fields = _numbers_of(movies, _PROFILE_FIELDS, index, is_new)
+def _profile(movies: MovieRows, index: int) -> dict[str, Value]:
+    fields = _numbers_of(movies, _PROFILE_FIELDS, index)
     if "member_like_share" in fields:
         fields["like_share"] = fields.pop("member_like_share")
     return {"num_ratings": 0, **fields}
 
 
-def _candidate(movies: MovieRows, film: int, index: int, is_new: bool) -> dict[str, Value]:
+def _candidate(movies: MovieRows, film: int, index: int) -> dict[str, Value]:
     fields: dict[str, Value] = dict(movies.films[film])
-    fields |= _numbers_of(movies, _CANDIDATE_FIELDS, index, is_new)
-    if is_new:
-        fields["expected_like_share"] = float(movies.numbers["film_share"][index])
+    fields |= _numbers_of(movies, _CANDIDATE_FIELDS, index)
     if not fields["num_raters"]:
         del fields["num_raters"]
     return fields
 
 
-def _numbers_of(
-    movies: MovieRows, names: Sequence[str], index: int, is_new: bool
-) -> dict[str, Value]:
+def _numbers_of(movies: MovieRows, names: Sequence[str], index: int) -> dict[str, Value]:
     """Take the numbers of a row that are known."""
     found: dict[str, Value] = {}
     for name in names:
         value = float(movies.numbers[name][index])
-        if not np.isnan(value) and not (is_new and name in _MEMBER_FIELDS):
+        if not np.isnan(value):
             found[name] = int(value) if name.startswith("num_") else value
     return found
 
 
-def _label(liked: int, expected: float, smoothing: float) -> str | dict[str, float]:
-    if not smoothing:
-        return "Yes" if liked else "No"
-    share = (1 - smoothing) * liked + smoothing * float(expected)
-    return {"Yes": share, "No": 1 - share}
+def _label(movies: MovieRows, index: int) -> str | dict[str, float] | None:
+    if movies.taught is not None:
+        share = float(movies.taught[index])
+        return {"Yes": share, "No": 1 - share}
+    liked = movies.rows["label"][index] if "label" in movies.rows.columns else None
+    return None if liked is None else "Yes" if liked else "No"
 
 
 def _genres(fields: Mapping[str, Value]) -> list[str]:

@@ -14,9 +14,10 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from rankonce.datasets.boosted_trees import fit_trees
+from rankonce.datasets.movie_columns import past_features
 from rankonce.datasets.statistics import read_labels, read_whole_numbers, statistics_from
-from rankonce.errors import DataError, MissingDependencyError
-from rankonce.evaluation.baseline_features import past_features
+from rankonce.errors import DataError
 from rankonce.evaluation.metrics import log_loss
 from rankonce.prompts.features import Floats, log_odds, smoothed_share
 
@@ -24,25 +25,6 @@ Baseline = Callable[[pl.DataFrame, pl.DataFrame, pl.DataFrame], Floats]
 
 _STRENGTHS = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0)
 _EARLY_SHARE = 0.8
-_MAX_TREES = 1000
-_PATIENCE_TREES = 50
-# Small steps and strong smoothing: 34k rows are few for 40 columns. One thread, because threads
-# that wait for each other at every split are many times slower wherever the cores are shared.
-_LIGHTGBM = {
-    "objective": "binary",
-    "learning_rate": 0.03,
-    "num_leaves": 15,
-    "min_data_in_leaf": 100,
-    "feature_fraction": 0.5,
-    "bagging_fraction": 0.8,
-    "bagging_freq": 1,
-    "lambda_l2": 10.0,
-    "seed": 1,
-    "deterministic": True,
-    "force_row_wise": True,
-    "num_threads": 1,
-    "verbosity": -1,
-}
 
 
 def score_by_item_mean(train: pl.DataFrame, items: pl.DataFrame, rows: pl.DataFrame) -> Floats:
@@ -90,25 +72,9 @@ def score_by_lightgbm(train: pl.DataFrame, items: pl.DataFrame, rows: pl.DataFra
         DataError: a column is missing, or all train rows have one timestamp.
         MissingDependencyError: LightGBM is not installed.
     """
-    try:
-        import lightgbm
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError("lightgbm", extra="eval") from error
-
-    early = _is_early(train)
-    features, labels = past_features(train, items, train).to_numpy(), read_labels(train)
-    part = lightgbm.Dataset(features[early], labels[early])
-    trial = lightgbm.train(
-        _LIGHTGBM,
-        part,
-        num_boost_round=_MAX_TREES,
-        valid_sets=[lightgbm.Dataset(features[~early], labels[~early], reference=part)],
-        callbacks=[lightgbm.early_stopping(_PATIENCE_TREES, verbose=False)],
-    )
-    model = lightgbm.train(
-        _LIGHTGBM, lightgbm.Dataset(features, labels), num_boost_round=trial.best_iteration
-    )
-    return np.asarray(model.predict(past_features(train, items, rows).to_numpy(), num_threads=1))
+    columns, labels = past_features(train, items, train).to_numpy(), read_labels(train)
+    predict = fit_trees(columns, labels, early_R=_is_early(train))
+    return predict(past_features(train, items, rows).to_numpy())
 
 
 BASELINES: Mapping[str, Baseline] = {

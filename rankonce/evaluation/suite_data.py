@@ -7,7 +7,7 @@ what was known by then: in-context examples and the popularity baseline come fro
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from rankonce.datasets.common_form import MANIFEST, Dataset, open_dataset
 from rankonce.datasets.domains import SIMULATED, TASK_SOURCES
 from rankonce.datasets.domains.films import film_examples_by_member
 from rankonce.datasets.domains.platform import Domain, Platform, build_platform
-from rankonce.datasets.examples import ExampleConfig, make_examples
+from rankonce.datasets.examples import make_examples_by_member
 from rankonce.datasets.sources import find_adapter, prepare_dataset
 from rankonce.errors import DataError
 from rankonce.records import TrainingExample
@@ -208,17 +208,7 @@ def _load_simulated(
 def _load_films(task: str, folder: Path, cut: TimeCut, seed: int) -> TaskRequests:
     made = list(film_examples_by_member(task, folder, seed=seed))
     requests = [SuiteRequest(example=example, member=str(user)) for user, example in made]
-    if task == "movie-like":
-        # Its candidates bear the numbers of rows; a baseline wants to know the film again.
-        requests = [replace(one, example=_name_by_title(one.example)) for one in requests]
     return cut.cut(requests, "MovieLens latest-small")
-
-
-def _name_by_title(example: TrainingExample) -> TrainingExample:
-    candidates = tuple(
-        replace(item, id=str(item.fields["title"])) for item in example.request.candidates
-    )
-    return replace(example, request=replace(example.request, candidates=candidates))
 
 
 def _load_cranfield(folder: Path, cut: TimeCut) -> TaskRequests:
@@ -228,9 +218,6 @@ def _load_cranfield(folder: Path, cut: TimeCut) -> TaskRequests:
 
 
 def _load_dataset(dataset: Dataset, task: str, cut: TimeCut) -> TaskRequests:
-    requests = [
-        # A list of a query may be cut into several requests, which share its id.
-        SuiteRequest(example=example, member=example.request.id or f"request {number}")
-        for number, example in enumerate(make_examples(dataset, task, ExampleConfig()))
-    ]
+    made = make_examples_by_member(dataset, task)
+    requests = [SuiteRequest(example=example, member=member) for member, example in made]
     return cut.cut(requests, dataset.name)

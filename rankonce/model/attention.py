@@ -29,7 +29,9 @@ class SegmentPass:
         spans: who sees whom.
         score_spans: the same for the score rows alone.
         score_rows_C: the last token of every candidate.
-        cached: for each layer keys and values of the cached prefixes, in the order of their rows.
+        cached: for each layer the known keys and values, in the order of their rows.
+        front_rows_F: where prefixes are known in part: the rows that stand in front of the tokens'
+            own, as rows of the known ones and the tokens together.
         kept_rows: for each prefix to be kept, its token rows.
 
     Attributes:
@@ -48,10 +50,11 @@ class SegmentPass:
         score_spans: SegmentSpans,
         score_rows_C: Tensor,
         cached: Sequence[tuple[Tensor, Tensor]] = (),
+        front_rows_F: Tensor | None = None,
         kept_rows: Sequence[tuple[int, int]] = (),
     ) -> None:
         self.spans, self.score_spans, self.score_rows_C = spans, score_spans, score_rows_C
-        self.cached, self.kept_rows = cached, kept_rows
+        self.cached, self.front_rows_F, self.kept_rows = cached, front_rows_F, kept_rows
         self.kept: list[KeysValues] = [[] for _ in kept_rows]
         self.recorded: KeysValues | None = None
         self.residual_TD: Tensor | None = None
@@ -75,7 +78,13 @@ class SegmentPass:
         if not self.cached:
             return k_TGK, v_TGK
         cached_k, cached_v = self.cached[layer]
-        return torch.cat((cached_k, k_TGK)), torch.cat((cached_v, v_TGK))
+        return self._put_in_front(cached_k, k_TGK), self._put_in_front(cached_v, v_TGK)
+
+    def _put_in_front(self, cached: Tensor, own: Tensor) -> Tensor:
+        joined = torch.cat((cached, own))
+        if self.front_rows_F is None:
+            return joined
+        return torch.cat((joined.index_select(0, self.front_rows_F), own))
 
 
 def attend_segments(

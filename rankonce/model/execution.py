@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rankonce.kernels.segment_attention.tiles import TileKey
-from rankonce.layout import PassPart, TokenizedRequest
+from rankonce.layout import PassPart, TokenizedRequest, count_front_rows
 from rankonce.model.packing import (
     HostPass,
     PackedBatch,
@@ -167,17 +167,21 @@ class PassRunner:
         cached = cached_of(parts, requests, prefixes)
         num_tokens = sum(
             sum(map(len, requests[part.request].segment_ids[part.first : part.last]))
-            + (0 if part.cached else len(requests[part.request].prefix_ids))
+            + (0 if part.cached else len(requests[part.request].prefix_ids) - part.known)
             for part in parts
         )
         records = num_tokens <= self.max_graph_tokens
         num_cached = sum(len(entry[0][0]) for entry in cached)
+        num_front = count_front_rows(
+            parts, [len(requests[part.request].prefix_ids) for part in parts]
+        )
         host = pack_on_host(
             parts,
             requests,
             keep_prefixes=keep_prefixes,
             table_keys=self.table_keys,
             cached_rows=bucket_of(num_cached) if records and num_cached else 0,
+            front_rows=bucket_of(num_front) if records and num_front else 0,
         )
         if records:
             return self._replay(host, cached, requests[parts[0].request].adapter)
@@ -231,7 +235,8 @@ def capture_cuda(run: Callable[[], None]) -> Callable[[], None]:
 def _bucket_of(host: HostPass, adapter: str | None) -> _Bucket:
     num_tokens = bucket_of(len(host.token_ids_T))
     num_scores = max(_MIN_CANDIDATES, 1 << (len(host.score_rows_C) - 1).bit_length())
-    shapes: list[tuple[int, ...]] = [(num_tokens,), (num_tokens,), (num_scores,)]
+    front = host.front_rows_F.shape
+    shapes: list[tuple[int, ...]] = [(num_tokens,), (num_tokens,), (num_scores,), front]
     for part, num_queries in zip(host.tables, (num_tokens, num_scores), strict=True):
         for seen_T4, tiles_NF in part.values():
             num_tiles = -(-len(tiles_NF) // _TILES_STEP) * _TILES_STEP

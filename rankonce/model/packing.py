@@ -40,13 +40,15 @@ class HostPass:
         token_ids_T, positions_T, score_rows_C: int32.
         spans, score_spans: of all tokens and of the score rows.
         tables: for the spans and the score spans in turn, their tables by key.
-        kept_rows, kept_requests: the prefixes to be kept.
-        num_cached: key rows of the cached prefixes.
+        front_rows_F: int32; as in ``SegmentLayout``.
+        kept_rows, kept_requests: the prefixes to be kept, of each what is not known yet.
+        num_cached: rows of the known keys and values.
     """
 
     token_ids_T: NDArray[np.int32]
     positions_T: NDArray[np.int32]
     score_rows_C: NDArray[np.int32]
+    front_rows_F: NDArray[np.int32]
     spans: SegmentSpans
     score_spans: SegmentSpans
     tables: tuple[dict[TileKey, tuple[NDArray[np.int32], ...]], ...]
@@ -57,16 +59,17 @@ class HostPass:
     def arrays(self) -> list[NDArray[np.int32]]:
         """Return everything that the device needs, in the order of ``on_device``."""
         tables = [table for part in self.tables for pair in part.values() for table in pair]
-        return [self.token_ids_T, self.positions_T, self.score_rows_C, *tables]
+        first = [self.token_ids_T, self.positions_T, self.score_rows_C, self.front_rows_F]
+        return [*first, *tables]
 
     def on_device(self, tensors: Sequence[Tensor], cached: Sequence[KeysValues]) -> PackedBatch:
         """Put a pass together from its arrays on the device.
 
         Args:
             tensors: of the arrays of ``arrays``.
-            cached: keys and values of the cached prefixes, in the order of their rows.
+            cached: the known keys and values, in the order of their rows.
         """
-        token_ids_T, positions_T, score_rows_C, *rest = tensors
+        token_ids_T, positions_T, score_rows_C, front_rows_F, *rest = tensors
         tables = iter(rest)
         for spans, part in zip((self.spans, self.score_spans), self.tables, strict=True):
             spans.tables.update({key: (next(tables), next(tables)) for key in part})
@@ -78,6 +81,7 @@ class HostPass:
                 score_spans=self.score_spans,
                 score_rows_C=score_rows_C,
                 cached=join_prefixes(cached),
+                front_rows_F=front_rows_F if len(front_rows_F) else None,
                 kept_rows=self.kept_rows,
             ),
             kept_requests=self.kept_requests,
@@ -97,7 +101,7 @@ def pack_pass(
 
     Args:
         parts: whose ``request`` indexes ``requests``.
-        prefixes: keys and values of the requests whose part is cached.
+        prefixes: known keys and values of the requests whose part has some.
         keep_prefixes: take up the keys and values of the prefixes that this pass computes.
         table_keys: the attention tables that the model's layers will ask for.
     """
@@ -114,28 +118,33 @@ def pack_on_host(
     keep_prefixes: bool,
     table_keys: Sequence[TileKey] = (),
     cached_rows: int = 0,
+    front_rows: int = 0,
 ) -> HostPass:
     """Lay out the parts of one pass.
 
     Args:
-        cached_rows: key rows reserved for cached prefixes, if more than they need.
+        cached_rows, front_rows: reserved, as in ``lay_out_pass``.
     """
     prefix_lengths = [len(requests[part.request].prefix_ids) for part in parts]
     segments = [requests[part.request].segment_ids[part.first : part.last] for part in parts]
     layout = lay_out_pass(
-        parts, prefix_lengths, [[len(ids) for ids in s] for s in segments], cached_rows=cached_rows
+        parts,
+        prefix_lengths,
+        [[len(ids) for ids in s] for s in segments],
+        cached_rows=cached_rows,
+        front_rows=front_rows,
     )
     pieces: list[Sequence[int]] = []
     row = 0
     kept_rows, kept_requests = [], []
     for part, part_segments in zip(parts, segments, strict=True):
         if not part.cached:
-            prefix_ids = requests[part.request].prefix_ids
-            if keep_prefixes and prefix_ids:
-                kept_rows.append((row, row + len(prefix_ids)))
+            rest_ids = requests[part.request].prefix_ids[part.known :]
+            if keep_prefixes and rest_ids:
+                kept_rows.append((row, row + len(rest_ids)))
                 kept_requests.append(part.request)
-            pieces.append(prefix_ids)
-            row += len(prefix_ids)
+            pieces.append(rest_ids)
+            row += len(rest_ids)
         pieces += part_segments
         row += sum(map(len, part_segments))
     spans = spans_of(layout)
@@ -144,6 +153,7 @@ def pack_on_host(
         token_ids_T=np.fromiter(chain.from_iterable(pieces), dtype=np.int32, count=row),
         positions_T=layout.positions_T.astype(np.int32),
         score_rows_C=layout.score_rows_C.astype(np.int32),
+        front_rows_F=layout.front_rows_F.astype(np.int32),
         spans=spans,
         score_spans=score_spans,
         tables=tuple(
@@ -152,7 +162,7 @@ def pack_on_host(
         ),
         kept_rows=kept_rows,
         kept_requests=tuple(kept_requests),
-        num_cached=layout.num_keys - layout.num_tokens,
+        num_cached=layout.num_cached,
     )
 
 
@@ -167,6 +177,7 @@ def pack_texts(
         token_ids_T=np.fromiter(chain.from_iterable(texts), np.int32, count=layout.num_tokens),
         positions_T=layout.positions_T.astype(np.int32),
         score_rows_C=np.arange(layout.num_tokens, dtype=np.int32),
+        front_rows_F=np.zeros(0, dtype=np.int32),
         spans=spans,
         score_spans=spans,
         tables=({}, {}),
@@ -182,11 +193,11 @@ def cached_of(
     requests: Sequence[TokenizedRequest],
     prefixes: Mapping[int, KeysValues],
 ) -> list[KeysValues]:
-    """Return the cached prefixes of a pass in the order of their key rows."""
+    """Return what is known of a pass's prefixes in the order of its rows."""
     return [
         prefixes[part.request]
         for part in parts
-        if part.cached and requests[part.request].prefix_ids
+        if part.known_of(len(requests[part.request].prefix_ids))
     ]
 
 

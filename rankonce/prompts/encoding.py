@@ -8,6 +8,7 @@ from typing import Any
 from tokenizers import Encoding, Tokenizer
 
 from rankonce.errors import ModelError, RequestError
+from rankonce.prompts.token_cache import TokenCache
 
 # Of plain conversations; the tasks' own by default.
 _ANSWER_SLOT = "Answer:"
@@ -28,6 +29,7 @@ class TextEncoder:
     Args:
         tokenizer: a fast transformers tokenizer.
         chat: use the chat template; ``None`` uses it where there is one.
+        cache: keeps the ids of candidates and events; by default there is none.
 
     Attributes:
         chat: whether the chat template is used.
@@ -36,7 +38,10 @@ class TextEncoder:
         label_lead: what stands between the answer slot and a label.
     """
 
-    def __init__(self, tokenizer: Any, *, chat: bool | None = None) -> None:
+    def __init__(
+        self, tokenizer: Any, *, chat: bool | None = None, cache: TokenCache | None = None
+    ) -> None:
+        self.cache = cache or TokenCache(0)
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if not isinstance(backend, Tokenizer):
             raise ModelError(f"tokenizer: {type(tokenizer).__name__} is not a fast tokenizer")
@@ -75,14 +80,22 @@ class TextEncoder:
             [(self.head, True), (instruction, False), between, (body, False)]
         )
 
-    def encode_segments(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
+    def encode_segments(
+        self, texts: Sequence[str], *, cache_salt: str | None = None
+    ) -> list[tuple[int, ...]]:
         """Encode segments as they stand after the prefix's last line, with the frame's tail."""
-        encoded = self._encode_behind_line([text + self._tail_start for text in texts])
+        encoded = self.cache.encode(
+            [text + self._tail_start for text in texts],
+            self._encode_behind_line,
+            cache_salt=cache_salt,
+        )
         return [(*ids, *self._tail_ids) for ids in encoded]
 
-    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+    def count_tokens(self, texts: Sequence[str], *, cache_salt: str | None = None) -> list[int]:
         """Count the tokens of texts that stand on lines of their own."""
-        return [len(ids) for ids in self._encode_all([f"{text}\n" for text in texts])]
+        lines = [f"{text}\n" for text in texts]
+        encoded = self.cache.encode(lines, self._encode_all, cache_salt=cache_salt)
+        return [len(ids) for ids in encoded]
 
     def encode_answer(self, slot: str, answer: str) -> list[int]:
         """Return the ids that ``answer``, taken to the letter, adds after the answer slot.

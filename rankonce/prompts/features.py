@@ -8,6 +8,7 @@ numbers.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,7 @@ from rankonce.errors import DataError
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
-WEEK, MONTH = 7 * 86_400, 30 * 86_400
+WEEK, MONTH, YEAR = 7 * 86_400, 30 * 86_400, 31_556_952
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +123,36 @@ def popularity_percentile(past: PastEvents, asked: Questions, *, period_s: int) 
     return percentiles
 
 
+def standing_percentile(
+    past: PastEvents, asked: Questions, *, num_items: int, period_s: int
+) -> Floats:
+    """Percentile (0..100) of each item's events among all items until its period began.
+
+    Unlike ``popularity_percentile`` everything until then counts, and items without an event are
+    ranked too. nan where nothing had happened.
+
+    Args:
+        num_items: all that could have an event.
+        period_s: length of a period, such as ``YEAR``; they follow one another from the epoch on.
+
+    Raises:
+        DataError: the period is not above 0.
+    """
+    if period_s <= 0:
+        raise DataError(f"period_s: should be above 0, is {period_s}")
+    begun = asked.moments // period_s * period_s
+    own, _ = count_before(past.items, past.moments, past.likes, asked.items, begun)
+    percentiles = np.full(len(begun), np.nan)
+    for moment in np.unique(begun):
+        _, counts = np.unique(past.items[past.moments < moment], return_counts=True)
+        if len(counts):
+            of = begun == moment
+            below = np.searchsorted(np.sort(counts), own[of])
+            below += np.where(own[of] > 0, num_items - len(counts), 0)
+            percentiles[of] = 100.0 * below / num_items
+    return percentiles
+
+
 def recency(past: PastEvents, asked: Questions) -> Floats:
     """Seconds since the item's last event, nan where there was none."""
     counts, _ = count_before(past.items, past.moments, past.likes, asked.items, asked.moments)
@@ -210,35 +241,35 @@ def co_liked_neighbours(past: PastEvents, asked: Questions) -> Neighbours:
     num = len(asked.items)
     rows, liked = _explode(asked.histories)
     known_rows, known_liked = _explode(past.histories)
-    _, codes = np.unique(
-        np.concatenate([past.items, asked.items, liked, known_liked]), return_inverse=True
+    known = np.unique(np.concatenate([past.items, asked.items, liked, known_liked]))
+    past_codes, asked_codes, liked_codes, known_codes = (
+        np.searchsorted(known, items) for items in (past.items, asked.items, liked, known_liked)
     )
-    cuts = np.cumsum([len(past.items), num, len(liked)])
-    past_codes, asked_codes, liked_codes, known_codes = np.split(codes.astype(np.int64), cuts)
-    width = int(codes.max(initial=0)) + 1
+    width = len(known)
     queries = liked_codes * width + asked_codes[rows]
     moments = asked.moments[rows]
     known_moments, labels = past.moments[known_rows], past.likes[known_rows]
-    rated, likes = count_before(
-        known_codes * width + past_codes[known_rows], known_moments, labels, queries, moments
-    )
-    is_like = labels == 1
-    reverse, _ = count_before(
-        (past_codes[known_rows] * width + known_codes)[is_like],
-        known_moments[is_like],
-        labels[is_like],
+    forward, is_like = known_codes * width + past_codes[known_rows], labels == 1
+    reverse = (past_codes[known_rows] * width + known_codes)[is_like]
+    rated, likes, reverse_likes = _count_marks(
+        np.concatenate([forward, reverse]),
+        np.concatenate([known_moments, known_moments[is_like]]),
+        # Who liked the film of the history later says nothing of how the item is liked.
+        np.concatenate([1 + 2 * labels, np.full(len(reverse), 4)]),
         queries,
         moments,
+        num_bits=3,
     )
+    co_likes = likes + reverse_likes
     _, of_item = count_before(past_codes, past.moments, past.likes, asked_codes, asked.moments)
     _, of_liked = count_before(past_codes, past.moments, past.likes, liked_codes, moments)
-    cosine = (likes + reverse) / np.sqrt((of_liked + 1.0) * (of_item[rows] + 1.0))
+    cosine = co_likes / np.sqrt((of_liked + 1.0) * (of_item[rows] + 1.0))
     largest = np.zeros(num)
     np.maximum.at(largest, rows, cosine)
     return Neighbours(
         counts=_sum_by_row(rows, rated, num),
         likes=_sum_by_row(rows, likes, num),
-        co_likes=_sum_by_row(rows, likes + reverse, num),
+        co_likes=_sum_by_row(rows, co_likes, num),
         mean_cosine=np.nan_to_num(_mean_by_row(rows, cosine, num)),
         max_cosine=largest,
     )
@@ -306,24 +337,61 @@ def count_before(
     Returns:
         The events of each query and the sum of their likes.
     """
-    if not len(keys) or not len(query_keys):
-        return np.zeros_like(query_keys), np.zeros_like(query_keys)
-    # One sorted number for (key, rank of the moment) makes every query two binary searches.
-    known_keys, key_codes = np.unique(keys, return_inverse=True)
-    known_moments, ranks = np.unique(moments, return_inverse=True)
-    stride = len(known_moments) + 1
-    addresses = key_codes * stride + ranks
-    order = np.argsort(addresses, kind="stable")
-    addresses = addresses[order]
-    likes_until = np.concatenate([[0], np.cumsum(likes[order])])
+    counts = _count_marks(keys, moments, 1 + 2 * likes, query_keys, query_moments, num_bits=2)
+    return counts[0], counts[1]
 
-    query_codes = np.searchsorted(known_keys, query_keys)
-    unknown = known_keys[np.minimum(query_codes, len(known_keys) - 1)] != query_keys
-    start = np.searchsorted(addresses, query_codes * stride)
+
+def _count_marks(
+    keys: Ints,
+    moments: Ints,
+    marks: Ints,
+    query_keys: Ints,
+    query_moments: Ints,
+    *,
+    num_bits: int,
+) -> list[Ints]:
+    """Count for every query the events before it of its key that bear a mark, mark by mark.
+
+    Args:
+        marks: of each event, a bit a mark.
+
+    Returns:
+        ``num_bits`` arrays of one number a query, the lowest bit first.
+    """
+    if not len(keys) or not len(query_keys):
+        return [np.zeros_like(query_keys)] * num_bits
+    # One sorted number for (key, rank of the moment) makes every query two binary searches.
+    known_moments = np.unique(moments)
+    stride = len(known_moments) + 1
+    keys, query_keys = _small_keys(keys, query_keys, most=2 ** (62 - num_bits) // stride)
+    # With the marks in the lowest bits numbers are sorted, which is much faster than their places.
+    marked = ((keys * stride + np.searchsorted(known_moments, moments)) << num_bits) + marks
+    marked.sort()
+    addresses = marked >> num_bits
+
     # searchsorted's left side gives the number of known moments strictly before the query.
-    until = np.searchsorted(known_moments, query_moments)
-    end = np.where(unknown, start, np.searchsorted(addresses, query_codes * stride + until))
-    return end - start, likes_until[end] - likes_until[start]
+    wanted = query_keys * stride + np.searchsorted(known_moments, query_moments)
+    # A search finds the memory of the one before it at hand when they go in the order of addresses.
+    order = np.argsort(wanted)
+    start = np.searchsorted(addresses, query_keys[order] * stride)
+    end = np.searchsorted(addresses, wanted[order])
+    counts = []
+    for bit in range(num_bits):
+        until = np.concatenate([[0], np.cumsum((marked >> bit) & 1)])
+        count = np.empty_like(wanted)
+        count[order] = until[end] - until[start]
+        counts.append(count)
+    return counts
+
+
+def _small_keys(keys: Ints, query_keys: Ints, *, most: int) -> tuple[Ints, Ints]:
+    """Give keys and queries as whole numbers in 0..most, equal where they were."""
+    lowest = min(int(keys.min()), int(query_keys.min()))
+    # Python's numbers: the way from one 64-bit id to another may be longer than 64 bits.
+    if max(int(keys.max()), int(query_keys.max())) - lowest <= most:
+        return keys - lowest, query_keys - lowest
+    _, codes = np.unique(np.concatenate([keys, query_keys]), return_inverse=True)
+    return codes[: len(keys)], codes[len(keys) :]
 
 
 def _rates(keys: Ints, past: PastEvents, asked_keys: Ints, asked: Questions) -> Rates:
@@ -334,8 +402,8 @@ def _rates(keys: Ints, past: PastEvents, asked_keys: Ints, asked: Questions) -> 
 def _explode(histories: Sequence[Sequence[int]]) -> tuple[Ints, Ints]:
     """Give (index of the row, item) for every item of every history."""
     lengths = [len(history) for history in histories]
-    items = [item for history in histories for item in history]
-    return np.repeat(np.arange(len(lengths)), lengths), np.array(items, dtype=np.int64)
+    items = np.fromiter(chain.from_iterable(histories), dtype=np.int64, count=sum(lengths))
+    return np.repeat(np.arange(len(lengths)), lengths), items
 
 
 def _explode_genres(

@@ -6,6 +6,7 @@ segment   candidate · answer slot                                    once a can
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 
 from rankonce.errors import PromptTooLongError, RequestError
 from rankonce.layout import TokenizedRequest
@@ -17,6 +18,8 @@ from rankonce.prompts.tasks import Lines, Task, field_names
 from rankonce.records import Event, HistoryReport, ScoreRequest, Value
 
 _EXAMPLES_HEADING = "Examples with their answers:"
+# What may follow an instruction: its last tokens are those that none of these changes.
+_ANY_BODIES = ("The member", "0", "\n", " a", "(")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +59,19 @@ class Renderer:
             self._label_ids[key] = resolve_labels(task, self.encoder)
         return self._label_ids[key]
 
-    def render(self, task: Task, request: ScoreRequest) -> RenderedRequest:
-        """Render a request.
+    def instruction_ids(self, task: Task) -> tuple[int, ...]:
+        """Return the tokens that every prefix of a task begins with."""
+        prefixes = [self.encoder.encode_prefix(task.instruction, body) for body in _ANY_BODIES]
+        same = (len(set(ids)) == 1 for ids in zip(*prefixes, strict=False))
+        return prefixes[0][: sum(takewhile(bool, same))]
+
+    def render(
+        self, task: Task, request: ScoreRequest, *, cache_salt: str | None = None
+    ) -> RenderedRequest:
+        """Render a request; one without candidates has a prefix and no segments.
+
+        Args:
+            cache_salt: token ids that are kept for one salt are not used for another.
 
         The history is shortened by the task's policy, to the task's budget or to what the model's
         context leaves, and the report says so. Nothing else is ever shortened, examples neither.
@@ -73,15 +87,16 @@ class Renderer:
             + ("" if self.encoder.chat else f"\n{task.answer_slot}")
             for index, candidate in enumerate(request.candidates)
         ]
-        segment_ids = self.encoder.encode_segments(segments)
-        longest = max(map(len, segment_ids))
+        segment_ids = self.encoder.encode_segments(segments, cache_salt=cache_salt)
+        longest = max(map(len, segment_ids), default=1)
         events, examples = _write_events(task, request), _write_examples(task, request)
         instruction = request.instruction or task.instruction
         body = _body(task, request, [], examples)
         prefix_ids = self.encoder.encode_prefix(instruction, body)
         room = self.max_prompt_tokens - longest - len(prefix_ids)
         if room < 0:
-            fault = f"candidates[{[len(ids) for ids in segment_ids].index(longest)}]"
+            lengths = [len(ids) for ids in segment_ids]
+            fault = f"candidates[{lengths.index(longest)}]" if lengths else "profile"
             without = ""
             if examples and self._fits(task, replace(request, examples=()), longest):
                 fault, without = "examples", f"; without the {len(examples)} examples it would fit"
@@ -93,7 +108,7 @@ class Renderer:
             )
         report = HistoryReport(policy="none", num_events=0, num_kept=0)
         if task.history is not None:
-            event_tokens = self.encoder.count_tokens(events)
+            event_tokens = self.encoder.count_tokens(events, cache_salt=cache_salt)
             budget = min(task.history.max_tokens, room)
             excess = 1
             while excess > 0:
@@ -114,7 +129,10 @@ class Renderer:
             segments=tuple(segment + self.encoder.tail for segment in segments),
             history=report,
             tokens=TokenizedRequest(
-                prefix_ids=prefix_ids, segment_ids=tuple(segment_ids), label_ids=label_ids
+                prefix_ids=prefix_ids,
+                segment_ids=tuple(segment_ids),
+                label_ids=label_ids,
+                cache_salt=cache_salt,
             ),
         )
 

@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from rankonce.records import ScoreResult
+from rankonce.records import HistoryReport, ScoreResult
 
 
 def answer_id(kind: str) -> str:
@@ -104,6 +104,31 @@ class RankAnswer(BaseModel):
     warnings: list[str]
 
 
+class PrefixAnswer(BaseModel):
+    """A prepared prefix; ``id`` stands for it in ``/v1/rank`` until ``expires_at``."""
+
+    object: Literal["prefix"] = "prefix"
+    id: str
+    model: str
+    adapter: str | None
+    task: str
+    expires_at: int
+    history: HistoryPart
+    usage: RankUsage
+
+
+def history_part(history: HistoryReport) -> HistoryPart:
+    """Write what the history policy did."""
+    return HistoryPart(
+        policy=history.policy,
+        num_events=history.num_events,
+        num_kept=history.num_kept,
+        dropped=[
+            DroppedEvent(event=event, reason=reason) for event, reason in history.dropped.items()
+        ],
+    )
+
+
 def rank_answer(result: ScoreResult, *, model: str, top_n: int | None) -> RankAnswer:
     """Write a result as an answer."""
     results = [
@@ -124,7 +149,7 @@ def rank_answer(result: ScoreResult, *, model: str, top_n: int | None) -> RankAn
     ]
     if top_n is not None:
         results = sorted(results, key=lambda candidate: candidate.rank)[:top_n]
-    history, usage = result.history, result.usage
+    usage = result.usage
     return RankAnswer(
         id=result.id,
         model=model,
@@ -132,15 +157,7 @@ def rank_answer(result: ScoreResult, *, model: str, top_n: int | None) -> RankAn
         task=result.task,
         calibration=result.calibration,
         results=results,
-        history=HistoryPart(
-            policy=history.policy,
-            num_events=history.num_events,
-            num_kept=history.num_kept,
-            dropped=[
-                DroppedEvent(event=event, reason=reason)
-                for event, reason in history.dropped.items()
-            ],
-        ),
+        history=history_part(result.history),
         usage=RankUsage(
             prompt_tokens=usage.prompt_tokens,
             total_tokens=usage.prompt_tokens,

@@ -1,19 +1,26 @@
 """The routes, and the start of the server."""
 
-import copy
+import asyncio
 import gc
+import logging
 import socket
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, nullcontext
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI
+from fastapi import FastAPI, Response
 from fastapi.responses import PlainTextResponse
-from uvicorn.config import LOGGING_CONFIG
+from pydantic import BaseModel
 
 from rankonce import __version__
 from rankonce.ranker import Ranker
+from rankonce.serving.admission import (
+    LOAD_ADAPTER_PATH,
+    METRICS_PATH,
+    UNLOAD_ADAPTER_PATH,
+    Admission,
+)
 from rankonce.serving.answers import (
     AnyRerankAnswer,
     ChatAnswer,
@@ -23,42 +30,91 @@ from rankonce.serving.answers import (
     Health,
     ModelCard,
     ModelList,
+    PrefixAnswer,
     RankAnswer,
     ScoreAnswer,
 )
-from rankonce.serving.engine import ServerConfig
+from rankonce.serving.batches.dispatch import Dispatcher
+from rankonce.serving.batches.routes import add_batches
+from rankonce.serving.batches.service import BatchService
+from rankonce.serving.connections import bounded_protocol
+from rankonce.serving.engine import Engine, ServerConfig
+from rankonce.serving.exchanges import current_salt
 from rankonce.serving.failures import JsonRoute, answer_failures
+from rankonce.serving.lifecycle import DrainingServer, Lifecycle, Phase
+from rankonce.serving.metrics import CONTENT_TYPE, EngineState, Metrics
 from rankonce.serving.models import Models
+from rankonce.serving.operations import OperationsConfig
 from rankonce.serving.schemas import (
     ChatBody,
     CompletionBody,
     GenerativeScoringBody,
     LoadAdapterBody,
+    PrefixBody,
     RankBody,
     RerankBody,
     ScoreBody,
     UnloadAdapterBody,
 )
+from rankonce.serving.tracing import open_tracing
+from rankonce.serving.warm_up import warm_up
+
+logger = logging.getLogger(__name__)
 
 _REFUSALS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorAnswer, "description": "The question cannot be answered; param says why."},
+    401: {"model": ErrorAnswer, "description": "There is no API key, or one unknown here."},
     404: {"model": ErrorAnswer, "description": "Another model is served."},
+    408: {"model": ErrorAnswer, "description": "The body takes its time."},
     413: {"model": ErrorAnswer, "description": "Too many candidates, or too many bytes."},
+    429: {"model": ErrorAnswer, "description": "Too many; Retry-After says when to come back."},
     500: {"model": ErrorAnswer, "description": "The server failed."},
+    503: {"model": ErrorAnswer, "description": "Not now; Retry-After says when to come back."},
 }
 
 
+class Readiness(BaseModel):
+    """Whether the server should get traffic, and if not, why."""
+
+    status: Phase
+
+
 def create_app(
-    ranker: Ranker | Mapping[str, Ranker], config: ServerConfig | None = None
+    ranker: Ranker | Mapping[str, Ranker],
+    config: ServerConfig | None = None,
+    operations: OperationsConfig | None = None,
 ) -> FastAPI:
-    """Build the application around one ranker or several by name, which belong to it then."""
+    """Build the application around one ranker or several by name, which belong to it then.
+
+    Its ``state.lifecycle`` tells the phase it is in, ``state.models`` what answers.
+    """
     config = config or ServerConfig()
-    engine = Models(ranker, config)
+    operations = operations or OperationsConfig()
+    models = Models(ranker, config)
+    lifecycle = Lifecycle()
+    metrics = Metrics(version=__version__, model=models.model_name)
+    for engine in models.engines:
+        _watch(metrics, engine)
+    tracing = None
+    if operations.otlp_endpoint is not None:
+        tracing = open_tracing(operations.otlp_endpoint, version=__version__)
+
+    max_body_bytes = config.max_body_mb * 1_000_000
+    batches = None
+    if config.batches is not None:
+        batches = BatchService(
+            config.batches, Dispatcher(models).submit, max_line_bytes=max_body_bytes
+        )
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        async with engine.running():
+        async with models.running(), batches.running() if batches else nullcontext():
+            warming_up = asyncio.create_task(_warm_up(models, lifecycle, operations))
             yield
+            warming_up.cancel()
+            await asyncio.gather(warming_up, return_exceptions=True)
+        if tracing is not None:
+            await asyncio.to_thread(tracing.close)
 
     app = FastAPI(
         title="RankOnce",
@@ -68,78 +124,131 @@ def create_app(
         redirect_slashes=False,
     )
     app.router.route_class = JsonRoute
-    app.state.max_body_bytes = config.max_body_mb * 1_000_000
+    app.state.max_body_bytes = max_body_bytes
+    app.state.models = models
+    app.state.lifecycle = lifecycle
+    app.add_middleware(
+        Admission, config=operations, lifecycle=lifecycle, metrics=metrics, tracing=tracing
+    )
     answer_failures(app)
-    _add_information(app, engine)
-    _add_scoring(app, engine)
-    _add_adapters(app, engine)
+    _add_operations(app, metrics, lifecycle)
+    _add_information(app, models)
+    _add_scoring(app, models)
+    _add_adapters(app, models)
+    add_batches(app, batches)
     return app
 
 
-def _add_information(app: FastAPI, engine: Models) -> None:
+def _watch(metrics: Metrics, engine: Engine) -> None:
+    engine.observations.subscribe(metrics)
+    metrics.watch(
+        EngineState(
+            model=engine.model_name, queue=lambda: engine.queue, caches=lambda: engine.caches
+        )
+    )
+
+
+async def _warm_up(models: Models, lifecycle: Lifecycle, operations: OperationsConfig) -> None:
+    try:
+        if operations.warm_up:
+            async with models.unchanged():
+                for engine in models.engines:
+                    await warm_up(engine)
+            # What is there now lives as long as the process: the collector need not look at it
+            # again.
+            gc.collect()
+            gc.freeze()
+    except Exception:  # whatever it is, clients would meet it as well
+        logger.exception("the warm-up failed: this server is not ready")
+        lifecycle.fail()
+        return
+    lifecycle.finish_warm_up()
+
+
+def _add_operations(app: FastAPI, metrics: Metrics, lifecycle: Lifecycle) -> None:
+    @app.get("/ready", responses={503: {"model": Readiness, "description": "Not now."}})
+    async def ready(response: Response) -> Readiness:
+        """Say whether the server should get traffic."""
+        if lifecycle.phase is not Phase.READY:
+            response.status_code = 503
+        return Readiness(status=lifecycle.phase)
+
+    @app.get(METRICS_PATH, response_class=Response)
+    async def read_metrics() -> Response:
+        """Tell what the server did, for Prometheus."""
+        metrics.ready.set(lifecycle.phase is Phase.READY)
+        return Response(metrics.write(), media_type=CONTENT_TYPE)
+
+
+def _add_information(app: FastAPI, models: Models) -> None:
     @app.get("/health")
     async def health() -> Health:
-        """Say that the server takes questions."""
-        return Health(model=engine.model_name)
+        """Say that the process lives."""
+        return Health(model=models.model_name)
 
     @app.get("/v1/models")
-    async def models() -> ModelList:
+    async def list_models() -> ModelList:
         """List the models and their adapters, in OpenAI's form."""
-        return ModelList(data=list(engine.cards.values()))
+        return ModelList(data=list(models.cards.values()))
 
     @app.get("/v1/models/{name:path}", responses={404: _REFUSALS[404]})
-    async def model(name: str) -> ModelCard:
+    async def describe_model(name: str) -> ModelCard:
         """Describe a model or an adapter."""
-        engine.find(name)
-        return engine.cards[name]
+        models.find(name)
+        return models.cards[name]
 
 
-def _add_scoring(app: FastAPI, engine: Models) -> None:
+def _add_scoring(app: FastAPI, models: Models) -> None:
     @app.post("/v1/rank", responses=_REFUSALS)
     async def rank(body: RankBody) -> RankAnswer:
         """Score the candidates of one request for a task."""
-        return await engine.rank(body)
+        return await models.rank(body, cache_salt=current_salt())
+
+    @app.post("/v1/prefixes", responses=_REFUSALS)
+    async def prefixes(body: PrefixBody) -> PrefixAnswer:
+        """Read a member's history before the candidates are known."""
+        return await models.prepare_prefix(body, cache_salt=current_salt())
 
     @app.post("/v1/score", responses=_REFUSALS)
     async def score(body: ScoreBody) -> ScoreAnswer:
         """Give the probabilities of labels after query and item, in SGLang's form."""
-        return await engine.score(body)
+        return await models.score(body, cache_salt=current_salt())
 
     @app.post("/generative_scoring", responses=_REFUSALS)
     async def generative_scoring(body: GenerativeScoringBody) -> GenerativeScoringAnswer:
         """Give the probability of the first label after query and item, in vLLM's form."""
-        return await engine.score_generatively(body)
+        return await models.score_generatively(body, cache_salt=current_salt())
 
     @app.post("/v2/rerank", responses=_REFUSALS, response_model_exclude_none=True)
     @app.post("/rerank", responses=_REFUSALS, response_model_exclude_none=True)
     @app.post("/v1/rerank", responses=_REFUSALS, response_model_exclude_none=True)
     async def rerank(body: RerankBody) -> AnyRerankAnswer:
         """Order documents by relevance, in the form of whose words the question has."""
-        return await engine.rerank(body)
+        return await models.rerank(body, cache_salt=current_salt())
 
     @app.post("/v1/completions", responses=_REFUSALS)
     async def completions(body: CompletionBody) -> CompletionAnswer:
         """Read the next token of one or many prompts, in OpenAI's form."""
-        return await engine.complete(body)
+        return await models.complete(body, cache_salt=current_salt())
 
     @app.post("/v1/chat/completions", responses=_REFUSALS)
     async def chat(body: ChatBody) -> ChatAnswer:
         """Read the first token of the answer to a conversation, in OpenAI's form."""
-        return await engine.chat(body)
+        return await models.chat(body, cache_salt=current_salt())
 
 
-def _add_adapters(app: FastAPI, engine: Models) -> None:
+def _add_adapters(app: FastAPI, models: Models) -> None:
     refusals = {**_REFUSALS, 403: {"model": ErrorAnswer, "description": "Not allowed here."}}
 
-    @app.post("/v1/load_lora_adapter", responses=refusals, response_class=PlainTextResponse)
+    @app.post(LOAD_ADAPTER_PATH, responses=refusals, response_class=PlainTextResponse)
     async def load_lora_adapter(body: LoadAdapterBody) -> str:
         """Load an adapter over a model, in vLLM's form; the server must allow it."""
-        return await engine.load_adapter(body)
+        return await models.load_adapter(body)
 
-    @app.post("/v1/unload_lora_adapter", responses=refusals, response_class=PlainTextResponse)
+    @app.post(UNLOAD_ADAPTER_PATH, responses=refusals, response_class=PlainTextResponse)
     async def unload_lora_adapter(body: UnloadAdapterBody) -> str:
         """Forget an adapter, in vLLM's form, when the questions that use it are answered."""
-        return await engine.unload_adapter(body)
+        return await models.unload_adapter(body)
 
 
 def open_listener(config: ServerConfig) -> socket.socket:
@@ -163,16 +272,36 @@ def open_listener(config: ServerConfig) -> socket.socket:
 
 
 def run_server(
-    ranker: Ranker | Mapping[str, Ranker], config: ServerConfig, listener: socket.socket
-) -> None:
-    """Serve until the process is told to stop; logs go to stderr."""
-    log_config = copy.deepcopy(LOGGING_CONFIG)
-    log_config["handlers"]["access"]["stream"] = "ext://sys.stderr"
-    server = uvicorn.Server(
-        uvicorn.Config(create_app(ranker, config), log_config=log_config, ws="none")
+    ranker: Ranker | Mapping[str, Ranker],
+    config: ServerConfig,
+    listener: socket.socket,
+    operations: OperationsConfig | None = None,
+) -> bool:
+    """Serve until the process is told to stop, and finish what runs then.
+
+    Returns:
+        Whether the server could answer; its log says why not.
+    """
+    operations = operations or OperationsConfig()
+    app = create_app(ranker, config, operations)
+    lifecycle: Lifecycle = app.state.lifecycle
+    server = DrainingServer(
+        uvicorn.Config(
+            app,
+            http=bounded_protocol(
+                header_timeout_s=operations.header_timeout_s,
+                write_timeout_s=operations.write_timeout_s,
+            ),
+            # The process has its handlers already, and the application logs every question itself.
+            log_config=None,
+            access_log=False,
+            ws="none",
+            # uvicorn counts whole seconds, and 0 would wait for ever.
+            timeout_graceful_shutdown=max(1, round(operations.drain_timeout_s)),
+            server_header=False,
+        ),
+        lifecycle,
+        drain_delay_s=operations.drain_delay_s,
     )
-    # The model's objects live as long as the process: the collector need not look at them again.
-    gc.collect()
-    gc.freeze()
-    with suppress(KeyboardInterrupt):
-        server.run(sockets=[listener])
+    server.run(sockets=[listener])
+    return lifecycle.phase is not Phase.FAILED

@@ -1,15 +1,19 @@
 """From question to answer: prepare on the text thread, forward in the batcher, write the answer."""
 
+import asyncio
 import math
-from collections.abc import Sequence
-from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 from rankonce.errors import ModelError, RequestError
+from rankonce.layout import TokenizedRequest
+from rankonce.model.scoring import RawScores
 from rankonce.prompts.tasks import find_task
-from rankonce.ranker import Ranker, RawScores
+from rankonce.ranker import PreparedRequest, Ranker
 from rankonce.records import ScoreRequest, ScoreResult
 from rankonce.serving.answers import (
     AnyRerankAnswer,
@@ -21,21 +25,29 @@ from rankonce.serving.answers import (
     CompletionChoice,
     GenerativeScore,
     GenerativeScoringAnswer,
+    PrefixAnswer,
     RankAnswer,
+    RankUsage,
     ScoreAnswer,
     Usage,
+    history_part,
     rank_answer,
 )
-from rankonce.serving.batcher import Batcher
+from rankonce.serving.batcher import Batcher, BatcherConfig, Terms
+from rankonce.serving.batches.config import BatchConfig
 from rankonce.serving.failures import ServingError, TooLargeError
 from rankonce.serving.logprobs import NextToken, next_tokens, write_chat, write_completion
+from rankonce.serving.observations import CacheObserved, Observations, QueueObserved, Stage
 from rankonce.serving.packing import PackedPrompts, pack_prompts
+from rankonce.serving.prefixes import PreparedPrefixes
 from rankonce.serving.prompts import PromptReader
 from rankonce.serving.reranking import in_rerank_words, read_documents, write_rerank
+from rankonce.serving.results import ResultCache
 from rankonce.serving.schemas import (
     ChatBody,
     CompletionBody,
     GenerativeScoringBody,
+    PrefixBody,
     RankBody,
     RerankBody,
     ScoreBody,
@@ -43,6 +55,8 @@ from rankonce.serving.schemas import (
 )
 
 PromptList = list[str] | list[tuple[int, ...]]
+# What a prepared prefix says of a request, so that the request itself may not.
+_SAID_BY_PREFIX = ("task", "profile", "history", "examples", "time", "instruction")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +70,13 @@ class ServerConfig:
         max_body_mb: bound of a question's bytes, in MB.
         allow_adapter_loading: load and unload adapters on a client's word, from any folder that
             the server can read.
+        batching: how questions wait.
+        result_cache_pairs: bound on the scores that are kept for pairs of a prefix and a
+            candidate; 0 keeps none.
+        prefix_ttl_s: seconds for which a prepared prefix can be used, unless it asks for less.
+        max_prefixes: prepared prefixes that are remembered; the oldest go first.
+        pinned_tasks: tasks whose instruction is read before the first question comes.
+        batches: how files and batches are kept; without it there are none.
     """
 
     host: str = "127.0.0.1"
@@ -64,6 +85,21 @@ class ServerConfig:
     max_candidates: int = 10_000
     max_body_mb: int = 32
     allow_adapter_loading: bool = False
+    batching: BatcherConfig = field(default_factory=BatcherConfig)
+    result_cache_pairs: int = 0
+    prefix_ttl_s: int = 300
+    max_prefixes: int = 10_000
+    pinned_tasks: tuple[str, ...] = ()
+    batches: BatchConfig | None = None
+
+
+class _HasTerms(Protocol):
+    """What every question may say of when it wants its answer."""
+
+    @property
+    def priority(self) -> int: ...
+    @property
+    def timeout_ms(self) -> int | None: ...
 
 
 class Engine:
@@ -78,11 +114,50 @@ class Engine:
                 f"adapter: {self.model_name!r} is what the model is served as; choose another name"
             )
         self._reader = PromptReader(ranker.model, ranker.renderer.encoder)
-        self._batcher = Batcher(ranker)
+        self.observations = Observations()
+        self._batcher = Batcher(ranker, config.batching, self.observations)
+        self._prefixes = PreparedPrefixes(config.max_prefixes)
+        self._results = ResultCache(max_pairs=config.result_cache_pairs)
+        for task in ranker.tasks.values():
+            ranker.scorer.cache.pin(ranker.renderer.instruction_ids(task))
 
-    def running(self) -> AbstractAsyncContextManager[None]:
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
         """Answer questions inside this context."""
-        return self._batcher.running()
+        async with self._batcher.running():
+            for name in self.config.pinned_tasks:
+                await self.read_instruction(name)
+            yield
+
+    @property
+    def queue(self) -> QueueObserved:
+        """What is under way now."""
+        return self._batcher.queue
+
+    @property
+    def caches(self) -> dict[str, CacheObserved]:
+        """What each cache did so far and holds now."""
+        cache, texts = self.ranker.scorer.cache, self.ranker.renderer.encoder.cache
+        return {
+            "prefix": CacheObserved(
+                **asdict(cache.counts), max_bytes=cache.max_bytes, num_entries=len(cache)
+            ),
+            "tokens": CacheObserved(**asdict(texts.counts), max_bytes=texts.max_bytes),
+            "results": self._results.observed,
+        }
+
+    async def read_instruction(self, task: str) -> None:
+        """Compute what every prefix of a task begins with, for the cache to have it."""
+        ids = self.ranker.renderer.instruction_ids(find_task(task, self.ranker.tasks))
+        await self._batcher.forward(
+            [_prefix_alone(ids, self.ranker.choose_adapter(None, task=task))]
+        )
+
+    async def forget_adapter(self, adapter: str | None) -> None:
+        """Drop everything that was computed with an adapter, whose weights change or go."""
+        self._results.drop(adapter)
+        self._prefixes.drop(adapter)
+        await self._batcher.run_between_passes(self.ranker.scorer.cache.drop, adapter)
 
     @property
     def adapter_names(self) -> tuple[str, ...]:
@@ -100,6 +175,7 @@ class Engine:
 
     async def unload_adapter(self, name: str) -> None:
         """Forget an adapter that no question uses, between two passes."""
+        await self.forget_adapter(name)
         await self._batcher.run_between_passes(self.ranker.unload_adapter, name)
 
     def find_adapter(self, model: str | None) -> str | None:
@@ -120,50 +196,94 @@ class Engine:
             404, f"model: there is no {model!r}, this server has {served}", code="model_not_found"
         )
 
-    async def rank(self, body: RankBody) -> RankAnswer:
-        """Answer in our own form."""
-        adapter = self._check_question(body.model, len(body.candidates), "candidates")
-        if None not in (adapter, body.adapter) and adapter != body.adapter:
+    async def rank(self, body: RankBody, *, cache_salt: str | None = None) -> RankAnswer:
+        """Answer in our own form.
+
+        Args:
+            cache_salt: as everywhere here: questions of different salts share nothing that is kept.
+        """
+        self._check_question(body.model, len(body.candidates), "candidates")
+        if body.prefix is not None:
+            body = self._with_prefix(body, body.prefix, cache_salt)
+        elif not body.task:
             raise RequestError(
-                f"adapter: should be left out or {adapter!r}, as model says, is {body.adapter!r}"
+                "task: is required and missing (or prefix, the id of a prepared one)"
             )
-        result = await self._score_request(
-            body if adapter is None else replace(body, adapter=adapter)
-        )
+        with self._admit(body, cache_salt) as terms:
+            result = await self._score_request(self._with_adapter(body, body.model), terms)
         return rank_answer(result, model=self._name_of(result.adapter), top_n=body.top_n)
 
-    async def rerank(self, body: RerankBody) -> AnyRerankAnswer:
+    async def prepare_prefix(
+        self, body: PrefixBody, *, cache_salt: str | None = None
+    ) -> PrefixAnswer:
+        """Read what comes before the candidates, and give a handle for ``rank``."""
+        request = self._with_adapter(body, body.model)
+        with self._admit(body, cache_salt) as terms:
+            prepare = partial(self.ranker.prepare, cache_salt=cache_salt, needs_candidates=False)
+            prepared = await self._batcher.run_text(prepare, request)
+            tokens = prepared.rendered.tokens
+            alone = _prefix_alone(tokens.prefix_ids, tokens.adapter, cache_salt)
+            (raw,) = await self._batcher.forward([alone], terms=terms)
+        num_tokens = len(tokens.prefix_ids)
+        handle = self._prefixes.add(
+            replace(prepared.request, adapter=tokens.adapter or ""),
+            cache_salt=cache_salt,
+            ttl_s=min(body.ttl_s or self.config.prefix_ttl_s, self.config.prefix_ttl_s),
+            num_tokens=num_tokens,
+        )
+        return PrefixAnswer(
+            id=handle.id,
+            model=self._name_of(tokens.adapter),
+            adapter=tokens.adapter,
+            task=prepared.task.name,
+            expires_at=int(handle.expires_at),
+            history=history_part(prepared.rendered.history),
+            usage=RankUsage(
+                prompt_tokens=num_tokens,
+                total_tokens=num_tokens,
+                computed_tokens=num_tokens - raw.cached_tokens,
+                cached_tokens=raw.cached_tokens,
+                separate_tokens=num_tokens,
+            ),
+        )
+
+    async def rerank(self, body: RerankBody, *, cache_salt: str | None = None) -> AnyRerankAnswer:
         """Answer in the form of Cohere and Jina, or of whose words the question has."""
         adapter = self._check_question(body.model, len(body.documents), body.documents_field)
         task = find_task(body.task, self.ranker.tasks)
-        documents = await self._batcher.run_text(read_documents, body, self._reader)
-        try:
-            result = await self._score_request(
-                ScoreRequest(
-                    task=body.task,
-                    profile={"query": body.query},
-                    candidates=documents.candidates,
-                    adapter=adapter,
-                    instruction=body.instruction,
-                )
+        with self._admit(body, cache_salt) as terms:
+            documents = await self._batcher.run_text(read_documents, body, self._reader)
+            request = ScoreRequest(
+                task=body.task,
+                profile={"query": body.query},
+                candidates=documents.candidates,
+                adapter=adapter,
+                instruction=body.instruction,
             )
-        except RequestError as error:
-            raise type(error)(in_rerank_words(str(error), body)) from error
+            try:
+                result = await self._score_request(request, terms)
+            except RequestError as error:
+                raise type(error)(in_rerank_words(str(error), body)) from error
         return write_rerank(body, documents, result, task, model=self._name_of(result.adapter))
 
-    async def score(self, body: ScoreBody) -> ScoreAnswer:
+    async def score(self, body: ScoreBody, *, cache_salt: str | None = None) -> ScoreAnswer:
         """Answer in SGLang's form."""
         adapter = self._choose(self._check_question(body.model, len(body.items), "items"))
         prompts = _concatenate(body.query, body.items, item_first=body.item_first)
         whole = not body.apply_softmax
-        tokens, usage = await self._read(prompts, "items", body, adapter=adapter, whole=whole)
+        with self._admit(body, cache_salt) as terms:
+            tokens, usage = await self._read(
+                prompts, "items", body, terms, adapter=adapter, whole=whole
+            )
         return ScoreAnswer(
             scores=[[math.exp(logprob) for _, logprob in token.labels] for token in tokens],
             model=self._name_of(adapter),
             usage=usage,
         )
 
-    async def score_generatively(self, body: GenerativeScoringBody) -> GenerativeScoringAnswer:
+    async def score_generatively(
+        self, body: GenerativeScoringBody, *, cache_salt: str | None = None
+    ) -> GenerativeScoringAnswer:
         """Answer in the form of vLLM's generative scoring."""
         adapter = self._choose(self._check_question(body.model, len(body.items), "items"))
         encode = partial(
@@ -171,9 +291,12 @@ class Engine:
             item_first=body.item_first,
             add_special_tokens=body.add_special_tokens,
         )
-        prompts = await self._batcher.run_text(encode, body.query, body.items)
         whole = not body.apply_softmax
-        tokens, usage = await self._read(prompts, "items", body, adapter=adapter, whole=whole)
+        with self._admit(body, cache_salt) as terms:
+            prompts = await self._batcher.run_text(encode, body.query, body.items)
+            tokens, usage = await self._read(
+                prompts, "items", body, terms, adapter=adapter, whole=whole
+            )
         answer = GenerativeScoringAnswer(
             model=self._name_of(adapter),
             data=[
@@ -186,30 +309,36 @@ class Engine:
             answer.id = f"generative-scoring-{body.request_id}"
         return answer
 
-    async def complete(self, body: CompletionBody) -> CompletionAnswer:
+    async def complete(
+        self, body: CompletionBody, *, cache_salt: str | None = None
+    ) -> CompletionAnswer:
         """Answer in the form of OpenAI's completions."""
         adapter = self._choose(self._check_question(body.model, len(body.prompt), "prompt"))
         num_top = max(1, body.logprobs or 0)
-        tokens, usage = await self._read(
-            body.prompt, "prompt", body, adapter=adapter, num_top=num_top
-        )
-        choices = await self._batcher.run_text(self._write_choices, tokens, body)
+        with self._admit(body, cache_salt) as terms:
+            tokens, usage = await self._read(
+                body.prompt, "prompt", body, terms, adapter=adapter, num_top=num_top
+            )
+            choices = await self._batcher.run_text(
+                self._write_choices, tokens, body, stage=Stage.ANSWER
+            )
         return CompletionAnswer(
             model=self._name_of(adapter),
             choices=choices,
             usage=_with_answers(usage, len(choices)),
         )
 
-    async def chat(self, body: ChatBody) -> ChatAnswer:
+    async def chat(self, body: ChatBody, *, cache_salt: str | None = None) -> ChatAnswer:
         """Answer in the form of OpenAI's chat completions."""
         adapter = self._choose(self._check_question(body.model, 1, "messages"))
         turns = [(_ROLES.get(turn.role, turn.role), turn.content) for turn in body.messages]
         encode = self.ranker.renderer.encoder.encode_chat
-        prompt = await self._batcher.run_text(encode, turns)
         num_top = body.top_logprobs or 0
-        (token,), usage = await self._read(
-            [prompt], "messages", body, adapter=adapter, num_top=max(1, num_top)
-        )
+        with self._admit(body, cache_salt) as terms:
+            prompt = await self._batcher.run_text(encode, turns)
+            (token,), usage = await self._read(
+                [prompt], "messages", body, terms, adapter=adapter, num_top=max(1, num_top)
+            )
         wanted = body.logprobs or body.has_labels
         choice = ChatChoice(
             message=AssistantMessage(content=self._reader.token_text(token.top[0][0])),
@@ -234,10 +363,76 @@ class Engine:
             )
         return adapter
 
-    async def _score_request(self, request: ScoreRequest) -> ScoreResult:
-        prepared = await self._batcher.run_text(self.ranker.prepare, request)
-        (raw,) = await self._batcher.forward([prepared.rendered.tokens], label_mass=True)
-        return await self._batcher.run_text(self.ranker.finish, prepared, raw)
+    @contextmanager
+    def _admit(self, body: _HasTerms, cache_salt: str | None) -> Iterator[Terms]:
+        """Count a question as under way and read its terms; its time runs from here."""
+        deadline = None
+        if body.timeout_ms is not None:
+            deadline = asyncio.get_running_loop().time() + body.timeout_ms / 1000
+        with self._batcher.admit():
+            yield Terms(priority=body.priority, deadline=deadline, cache_salt=cache_salt)
+
+    def _with_adapter(self, request: ScoreRequest, model: str | None) -> ScoreRequest:
+        """Give a request the adapter that is served as ``model``, if it is one."""
+        adapter = self.find_adapter(model)
+        if None not in (adapter, request.adapter) and adapter != request.adapter:
+            raise RequestError(
+                f"adapter: should be left out or {adapter!r}, as model says, is {request.adapter!r}"
+            )
+        return request if adapter is None else replace(request, adapter=adapter)
+
+    def _with_prefix(self, body: RankBody, handle: str, cache_salt: str | None) -> RankBody:
+        """Put what was prepared in front of a request's candidates."""
+        for name in _SAID_BY_PREFIX:
+            if getattr(body, name):
+                raise RequestError(f"{name}: should be left out, since prefix says it")
+        prepared = self._prefixes.find(handle, cache_salt=cache_salt)
+        leaving = self.ranker.model.adapters.leaving
+        if prepared is None or prepared.request.adapter in leaving:
+            raise ServingError(
+                404,
+                "prefix: there is none with this id, or it has expired; prepare it again, or send "
+                "the request whole",
+                code="prefix_not_found",
+            )
+        said = {name: getattr(prepared.request, name) for name in _SAID_BY_PREFIX}
+        adapter = prepared.request.adapter
+        if body.adapter not in (None, adapter):
+            raise RequestError(f"adapter: should be left out or {adapter!r}, as prefix says")
+        return replace(body, **said, adapter=adapter)
+
+    async def _score_request(self, request: ScoreRequest, terms: Terms) -> ScoreResult:
+        # A body was checked when it came; that takes as long again as all else before rendering.
+        is_checked = isinstance(request, RankBody)
+        prepare = partial(self.ranker.prepare, cache_salt=terms.cache_salt, is_checked=is_checked)
+        prepared: PreparedRequest = await self._batcher.run_text(prepare, request)
+        (raw,) = await self._forward([prepared.rendered.tokens], terms, label_mass=True)
+        return await self._batcher.run_text(self.ranker.finish, prepared, raw, stage=Stage.ANSWER)
+
+    async def _forward(
+        self,
+        requests: Sequence[TokenizedRequest],
+        terms: Terms,
+        *,
+        label_mass: bool,
+        num_top: int = 0,
+    ) -> list[RawScores]:
+        """Run requests through the model, without the pairs whose results are kept."""
+        if not self._results.max_pairs or num_top:
+            return await self._batcher.forward(
+                requests, label_mass=label_mass, num_top=num_top, terms=terms
+            )
+        known = [self._results.look_up(request, whole=label_mass) for request in requests]
+        missing = [one.missing for one in known if one.missing is not None]
+        raws = iter(
+            await self._batcher.forward(missing, label_mass=label_mass, terms=terms)
+            if missing
+            else ()
+        )
+        return [
+            self._results.complete(one, next(raws) if one.missing else None, whole=label_mass)
+            for one in known
+        ]
 
     def _write_choices(
         self, tokens: Sequence[NextToken], body: CompletionBody
@@ -258,6 +453,7 @@ class Engine:
         prompts: PromptList,
         field: str,
         question: WithLabels,
+        terms: Terms,
         *,
         adapter: str | None,
         num_top: int = 0,
@@ -267,8 +463,11 @@ class Engine:
         label_ids, packed = await self._batcher.run_text(
             self._pack, prompts, field, question, adapter
         )
-        raws = await self._batcher.forward(packed.requests, label_mass=whole, num_top=num_top)
-        tokens = await self._batcher.run_text(_unpack, packed, raws, label_ids, whole)
+        requests = [replace(one, cache_salt=terms.cache_salt) for one in packed.requests]
+        raws = await self._forward(requests, terms, label_mass=whole, num_top=num_top)
+        tokens = await self._batcher.run_text(
+            _unpack, packed, raws, label_ids, whole, stage=Stage.ANSWER
+        )
         computed_tokens = sum(raw.computed_tokens for raw in raws)
         usage = Usage(
             prompt_tokens=packed.num_tokens,
@@ -292,6 +491,19 @@ class Engine:
 
 
 _ROLES = {"developer": "system"}  # OpenAI's newer word, which templates do not know
+
+
+def _prefix_alone(
+    ids: tuple[int, ...], adapter: str | None, cache_salt: str | None = None
+) -> TokenizedRequest:
+    """Make a request that only leaves its prefix in the cache: one token asks for a score."""
+    return TokenizedRequest(
+        prefix_ids=ids,
+        segment_ids=(ids[-1:],),
+        label_ids=((0,),),
+        adapter=adapter,
+        cache_salt=cache_salt,
+    )
 
 
 def _unpack(

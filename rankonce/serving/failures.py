@@ -1,6 +1,8 @@
 """Every failure becomes an answer in OpenAI's form: status, message, type, param, code."""
 
+import asyncio
 import logging
+import math
 import re
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, cast
@@ -20,19 +22,29 @@ from rankonce.errors import (
     TaskError,
 )
 from rankonce.records import describe_faults
+from rankonce.serving.exchanges import count_tokens, current_exchange
 
 logger = logging.getLogger(__name__)
 
 # A question may have a fault in every candidate.
 _MAX_FAULTS = 5
+# Nobody reads it but logs; the number is nginx's.
+_CLIENT_GONE = 499
 _FIELD = re.compile(r"([A-Za-z_][\w.\[\]]*): ")
 
 
 class ServingError(HTTPException):
     """A question that the server refuses before it reaches the ranker."""
 
-    def __init__(self, status: int, message: str, *, code: str | None = None) -> None:
-        super().__init__(status, message)
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(status, message, headers=headers)
         self.code = code
 
 
@@ -43,13 +55,57 @@ class TooLargeError(ServingError):
         super().__init__(413, message, code="request_too_large")
 
 
+class UnauthorizedError(ServingError):
+    """No key, or one that the server does not know."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            401,
+            "the question should carry an API key that this server knows, as Authorization: "
+            "Bearer KEY or as X-API-Key: KEY",
+            code="invalid_api_key",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
+
+
+class LaterError(ServingError):
+    """A question that may be asked again, but not now.
+
+    Args:
+        status: 429 if the client asks too much, 503 if the server cannot.
+        wait_s: seconds after which it may succeed; told as ``Retry-After``, rounded up.
+    """
+
+    def __init__(self, status: int, message: str, *, code: str, wait_s: float) -> None:
+        headers = {"Retry-After": str(max(1, math.ceil(wait_s)))}
+        super().__init__(status, message, code=code, headers=headers)
+
+
+class TooSlowError(ServingError):
+    """A body that takes its time."""
+
+    def __init__(self) -> None:
+        # What is left of the body would stand where the next question should begin.
+        super().__init__(
+            408,
+            "the body should be sent without delay",
+            code="request_timeout",
+            headers={"Connection": "close"},
+        )
+
+
 class BoundedRequest(Request):
     """A request whose body is bounded, and strict JSON."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.is_read = asyncio.Event()
 
     async def body(self) -> bytes:
         """Read the body, unless it is larger than the server takes."""
         if not hasattr(self, "_body"):
             self._body = await self._read_body(self.app.state.max_body_bytes)
+            self.is_read.set()
         return self._body
 
     async def json(self) -> Any:
@@ -77,26 +133,73 @@ class BoundedRequest(Request):
 class JsonRoute(APIRoute):
     """A route that reads its body as ``BoundedRequest`` does, and survives a crash of its own."""
 
+    def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
+        super().__init__(path, count_tokens(endpoint), **options)
+
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Wrap the handler that FastAPI builds."""
         handle = super().get_route_handler()
 
         async def handle_bounded(request: Request) -> Response:
+            bounded = BoundedRequest(request.scope, request.receive)
             try:
-                return await handle(BoundedRequest(request.scope, request.receive))
+                return await _while_connected(bounded, handle(bounded))
             except (HTTPException, RequestValidationError, RankOnceError):
                 raise
             except Exception:  # a bug; it should cost neither the connection nor a secret
-                logger.exception("%s %s crashed", request.method, request.url.path)
+                logger.exception("%s %s crashed", request.method, self.path)
                 return _answer(500, "the server failed; its log says why")
 
         return handle_bounded
+
+
+async def _while_connected(
+    request: BoundedRequest, answer: Coroutine[Any, Any, Response]
+) -> Response:
+    """Answer a request, and stop where the client goes away after it has sent the body."""
+
+    async def watch() -> None:
+        await request.is_read.wait()
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        working.cancel()
+
+    working = asyncio.ensure_future(answer)
+    watching = asyncio.ensure_future(watch())
+    try:
+        await asyncio.wait({working})
+        if working.cancelled():
+            return Response(status_code=_CLIENT_GONE)
+        return working.result()
+    finally:
+        # Whoever cancels this, a server that stops, cancels both.
+        working.cancel()
+        watching.cancel()
+
+
+def refuse(error: ServingError) -> Response:
+    """Answer what is refused before it reaches a route."""
+    return _answer(error.status_code, error.detail, code=error.code, headers=error.headers)
 
 
 def answer_failures(app: FastAPI) -> None:
     """Put the handlers on an app; they are tried from the class of the error upwards."""
     for kind, handler in _HANDLERS.items():
         app.add_exception_handler(kind, handler)
+
+
+async def answer_failure(path: str, error: Exception) -> Response:
+    """Answer a failure of a question that came another way than over HTTP.
+
+    Args:
+        path: the endpoint that was asked.
+    """
+    request = Request({"type": "http", "method": "POST", "path": path, "headers": []})
+    for kind in type(error).__mro__:
+        if handler := _HANDLERS.get(kind):
+            return await handler(request, error)
+    logger.error("POST %s crashed", path, exc_info=error)
+    return _answer(500, "the server failed; its log says why")
 
 
 def _answer(
@@ -107,9 +210,15 @@ def _answer(
     headers: Mapping[str, str] | None = None,
 ) -> Response:
     named = _FIELD.match(message)
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    if status == 429:
+        kind = "rate_limit_error"
+    exchange = current_exchange()
+    if exchange is not None:
+        exchange.code = code or kind
     error = {
         "message": message,
-        "type": "server_error" if status >= 500 else "invalid_request_error",
+        "type": kind,
         "param": named[1] if named else None,
         "code": code,
     }

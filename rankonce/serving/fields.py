@@ -107,6 +107,18 @@ LabelWords = Annotated[list[str], Field(min_length=1, max_length=_MAX_LABELS)]
 LabelIds = Annotated[list[StrictInt], Field(min_length=1, max_length=_MAX_LABELS)]
 Ignored = Annotated[Any, Field(description="Taken and ignored: it cannot change this answer.")]
 
+Priority = Annotated[
+    int, Field(ge=-1000, le=1000, description="Lower is served first; others have 0.")
+]
+Timeout = Annotated[
+    int | None,
+    Field(
+        ge=1,
+        description="Milliseconds after which nobody wants the answer: 503 then, or as soon as it "
+        "is known.",
+    ),
+]
+
 OneToken = Annotated[
     int | None,
     BeforeValidator(check_one_token),

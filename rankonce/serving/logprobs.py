@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from rankonce.errors import NumericsError
-from rankonce.ranker import RawScores
+from rankonce.model.scoring import RawScores
 from rankonce.serving.answers import ChatLogprobs, CompletionLogprobs, TokenLogprob, TopLogprob
 from rankonce.serving.prompts import PromptReader
 

@@ -20,6 +20,7 @@ from rankonce.serving.answers import (
     CompletionAnswer,
     GenerativeScoringAnswer,
     ModelCard,
+    PrefixAnswer,
     RankAnswer,
     ScoreAnswer,
 )
@@ -30,6 +31,7 @@ from rankonce.serving.schemas import (
     CompletionBody,
     GenerativeScoringBody,
     LoadAdapterBody,
+    PrefixBody,
     RankBody,
     RerankBody,
     ScoreBody,
@@ -147,10 +149,13 @@ class Models:
 
     async def rank(self, body: RankBody, **terms: Any) -> RankAnswer:
         """Answer in our own form; here and below, terms are as the engine takes them."""
-        served = self._find(body.model)
-        if body.adapter in served.engine.ranker.model.adapters.leaving:
-            raise _not_found("adapter", str(body.adapter), self.names)
+        self._check_adapter(body)
         return await self._ask(body.model, Engine.rank, body, terms)
+
+    async def prepare_prefix(self, body: PrefixBody, **terms: Any) -> PrefixAnswer:
+        """Read what comes before the candidates, and give a handle for ``rank``."""
+        self._check_adapter(body)
+        return await self._ask(body.model, Engine.prepare_prefix, body, terms)
 
     async def rerank(self, body: RerankBody, **terms: Any) -> AnyRerankAnswer:
         """Answer in the form of a rerank client."""
@@ -173,6 +178,12 @@ class Models:
     async def chat(self, body: ChatBody, **terms: Any) -> ChatAnswer:
         """Answer in the form of OpenAI's chat completions."""
         return await self._ask(body.model, Engine.chat, body, terms)
+
+    @asynccontextmanager
+    async def unchanged(self) -> AsyncIterator[None]:
+        """Let no adapter come or go inside this context; whoever asks for it waits."""
+        async with self._changes:
+            yield
 
     async def load_adapter(self, body: LoadAdapterBody) -> str:
         """Load an adapter; questions find it when this is done.
@@ -225,6 +236,10 @@ class Models:
             raise
         await served.engine.unload_adapter(name)
         served.note_names()
+
+    def _check_adapter(self, body: RankBody | PrefixBody) -> None:
+        if body.adapter in self.find(body.model).ranker.model.adapters.leaving:
+            raise _not_found("adapter", str(body.adapter), self.names)
 
     def _check_allowed(self) -> None:
         if not self.config.allow_adapter_loading:

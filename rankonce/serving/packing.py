@@ -42,10 +42,14 @@ def pack_prompts(
     requests, places = [], []
     for group in _group(shared):
         indices = order[group.first : group.last + 1]
+        alone = len(indices) == 1
+        # One that is like no other here may be like one of another question: all but its last token
+        # is what the prefix cache can know.
+        begin = len(prompts[indices[0]]) - 1 if alone else group.shared
         requests.append(
             TokenizedRequest(
-                prefix_ids=prompts[indices[0]][: group.shared],
-                segment_ids=tuple(prompts[index][group.shared :] for index in indices),
+                prefix_ids=prompts[indices[0]][:begin],
+                segment_ids=tuple(prompts[index][begin:] for index in indices),
                 label_ids=labels,
                 adapter=adapter,
             )

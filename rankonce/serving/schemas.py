@@ -22,7 +22,7 @@ from pydantic import (
     with_config,
 )
 
-from rankonce.records import Item, ScoreRequest
+from rankonce.records import Item, ScoreRequest, Text
 from rankonce.serving.fields import (
     NOT_ONE_TOKEN,
     Content,
@@ -35,10 +35,12 @@ from rankonce.serving.fields import (
     NoStream,
     OneChoice,
     OneToken,
+    Priority,
     Prompts,
     Query,
     Refused,
     RefusedList,
+    Timeout,
     only,
 )
 
@@ -54,6 +56,12 @@ def _example(*more: dict[str, Any], **fields: Any) -> ConfigDict:
 def _some_candidates(candidates: tuple[Item, ...]) -> tuple[Item, ...]:
     if not candidates:
         raise ValueError("should hold at least one candidate")
+    return candidates
+
+
+def _no_candidates(candidates: tuple[Item, ...]) -> tuple[Item, ...]:
+    if candidates:
+        raise ValueError("should be left out: they come with the prefix's id, to /v1/rank")
     return candidates
 
 
@@ -82,11 +90,41 @@ class RankBody(ScoreRequest):
     Attributes:
         model: the name of the model served, or of one of its adapters.
         top_n: answer with the best only, best first.
+        prefix: the id of a prepared prefix, in place of everything that comes before candidates.
+        priority: lower is served first.
+        timeout_ms: after which nobody wants the answer.
     """
 
+    task: Text = ""
     candidates: Annotated[tuple[Item, ...], AfterValidator(_some_candidates)]
     model: str | None = None
     top_n: TopN = None
+    prefix: str | None = None
+    priority: Priority = 0
+    timeout_ms: Timeout = None
+
+
+@with_config(
+    _example(
+        task="movie-like",
+        time=1_700_000_000,
+        profile={"num_ratings": 42, "like_share": 0.6},
+    )
+)
+@dataclass(frozen=True, kw_only=True)
+class PrefixBody(ScoreRequest):
+    """A ``RankBody`` before its candidates are known.
+
+    Attributes:
+        model, priority, timeout_ms: as in ``RankBody``.
+        ttl_s: seconds for which the handle holds; the server's setting by default and at most.
+    """
+
+    candidates: Annotated[tuple[Item, ...], AfterValidator(_no_candidates)] = ()
+    model: str | None = None
+    ttl_s: Annotated[int, Field(ge=1)] | None = None
+    priority: Priority = 0
+    timeout_ms: Timeout = None
 
 
 class Document(BaseModel):
@@ -157,7 +195,8 @@ class RerankBody(BaseModel):
     raw_scores: Annotated[bool | None, only(False, why="scores lie between 0 and 1")] = None
     relevant_spans: Refused = None
     max_chunks_per_doc: Ignored = None
-    priority: Ignored = None
+    priority: Priority = 0
+    timeout_ms: Timeout = None
     truncate: Ignored = None
     truncation: Ignored = None
     truncation_direction: Ignored = None
@@ -202,6 +241,8 @@ class RerankBody(BaseModel):
 class WithLabels(BaseModel):
     """Labels as words or as token ids, never both."""
 
+    priority: Priority = 0
+    timeout_ms: Timeout = None
     labels: LabelWords | None = None
     label_token_ids: LabelIds | None = None
 
@@ -263,7 +304,6 @@ class GenerativeScoringBody(WithLabels):
     add_special_tokens: bool = True
     model: str | None = None
     request_id: str | None = None
-    priority: Ignored = None
 
     @model_validator(mode="after")
     def _check_given(self) -> "GenerativeScoringBody":

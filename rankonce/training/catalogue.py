@@ -13,12 +13,14 @@ import numpy as np
 import polars as pl
 
 from rankonce.datasets.ml_small import film_like_shares, leave_out_members
-from rankonce.datasets.movielens import TASK, FilmPrior, read_films, read_rows
+from rankonce.datasets.movielens import TASK, read_films, read_rows
 from rankonce.errors import DataError
 from rankonce.records import Item, ScoreRequest, TrainingExample, Value
+from rankonce.training.loop import TrainConfig
+from rankonce.training.stages import StageSource, Tasks, fingerprint_files, label_source
 
-# A like share of another catalogue counts as so many raters, if that many gave it or more.
-_PRIOR_STRENGTH = 20.0
+# How often an epoch asks of every film, and of how many at once.
+_TIMES, _CANDIDATES = 10, 24
 # Stars above which a rating counts as a like, as in CoLLM's split of MovieLens-1M.
 _LIKED_ABOVE = 3.0
 # The same genre has another name there.
@@ -38,15 +40,14 @@ class Catalogue:
     like_shares: Mapping[int, float]
     num_raters: Mapping[int, int]
 
-    def priors(self, films: Mapping[int, Mapping[str, Value]]) -> dict[int, FilmPrior]:
-        """Find what the catalogue knows of films with the same titles."""
+    def find(self, films: Mapping[int, Mapping[str, Value]]) -> dict[int, tuple[float, float]]:
+        """Find films with the same titles: like share and number of raters, by the films' ids."""
         by_title = {str(self.films[film]["title"]): film for film in self.like_shares}
         found = {}
         for film, fields in films.items():
             other = by_title.get(str(fields["title"]))
             if other is not None:
-                strength = min(_PRIOR_STRENGTH, float(self.num_raters[other]))
-                found[film] = FilmPrior(like_share=self.like_shares[other], strength=strength)
+                found[film] = (self.like_shares[other], float(self.num_raters[other]))
         return found
 
 
@@ -123,3 +124,28 @@ def repeated_quality_examples(
         yield from quality_examples(
             catalogue, candidates_per_example=candidates_per_example, seed=1000 * seed + number
         )
+
+
+def catalogue_source(
+    catalogue: Catalogue, folder: Path, config: TrainConfig, tasks: Tasks
+) -> StageSource:
+    """Make the source of a stage that learns the catalogue by heart.
+
+    Args:
+        folder: its files, for the fingerprint.
+    """
+
+    def epoch(number: int) -> Iterable[TrainingExample]:
+        return repeated_quality_examples(
+            catalogue,
+            candidates_per_example=_CANDIDATES,
+            seed=100 * config.seed + number,
+            times=_TIMES,
+        )
+
+    digests = fingerprint_files(folder / name for name in ("ratings.parquet", "items.parquet"))
+    return label_source(
+        epoch,
+        tasks=tasks,
+        fingerprint={f"{folder.name}/{name}": digest for name, digest in digests.items()},
+    )

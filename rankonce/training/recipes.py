@@ -6,40 +6,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import polars as pl
-
 from rankonce.datasets.ml_small import add_passed_over, read_ml_small, split_each_member
-from rankonce.datasets.movielens import movie_examples, movie_rows, read_films, read_rows
-from rankonce.datasets.statistics import read_labels, read_whole_numbers
+from rankonce.datasets.movielens import movie_examples, movie_rows, read_films
 from rankonce.errors import TrainingError
 from rankonce.prompts.tasks import Task
 from rankonce.records import TrainingExample
 from rankonce.training.adapters import AdapterConfig
-from rankonce.training.catalogue import (
-    Catalogue,
-    make_catalogue,
-    read_catalogue,
-    repeated_quality_examples,
-)
+from rankonce.training.catalogue import catalogue_source, make_catalogue
 from rankonce.training.loop import TrainConfig
+from rankonce.training.ml1m import load_catalogue, load_ml1m
 from rankonce.training.runs import Evaluate, run_stages
 from rankonce.training.stages import Stage, StageSource, Tasks, fingerprint_files, label_source
+from rankonce.training.teacher import hide_members
 
-# Of the train rows, the first ones that are no examples.
-_FIRST_SHARE = 0.3
-# How often an epoch of fine-tuning asks of every film of the catalogue.
-_REMINDERS = 2
-# Examples in which nothing is said of the member but the history: a third of the members that are
-# served later have no rating among the train rows.
+# Members of an epoch of whom nothing is said but the history.
 _NEWCOMERS = 0.2
-# Part of a label that is what the averages lead one to expect.
-_SMOOTHING = 0.6
-_CANDIDATES = 24
-# How often an epoch of the catalogue asks of every film.
-_CATALOGUE_TIMES = 10
-# When MovieLens-1M was rated; its members may be in other sets of MovieLens too.
-_ML1M_SINCE, _ML1M_UNTIL = 954_547_200, 1_049_155_200
 # Of every member's rows, the newest.
 HELD_OUT_SHARE = 0.1
 _PASSED_OVER_PER_LIKE = 1
@@ -116,20 +97,16 @@ def ml1m() -> Recipe:
         stages=(
             Stage(
                 name="catalogue",
-                load=_load_catalogue,
+                load=load_catalogue,
                 config=TrainConfig(
                     epochs=2, targets_per_step=128, learning_rate=2e-3, averaging=0.98
                 ),
             ),
             Stage(
                 name="finetune",
-                load=_load_ml1m,
+                load=load_ml1m,
                 config=TrainConfig(
-                    epochs=3,
-                    targets_per_step=64,
-                    learning_rate=1e-3,
-                    dropout=0.1,
-                    averaging=0.99,
+                    epochs=3, targets_per_step=64, learning_rate=2e-3, averaging=0.99
                 ),
             ),
         ),
@@ -140,7 +117,7 @@ def ml1m() -> Recipe:
 def ml1m_alone() -> Recipe:
     """The recipe ``ml1m`` without the other catalogue, to see what that is worth."""
     whole = ml1m()
-    finetune = replace(whole.stages[-1], load=partial(_load_ml1m, with_catalogue=False))
+    finetune = replace(whole.stages[-1], load=partial(load_ml1m, with_catalogue=False))
     return replace(
         whole,
         name="ml1m-alone",
@@ -210,97 +187,10 @@ def run_recipe(
     )
 
 
-def _find_catalogue(folder: Path) -> Path | None:
-    """Another catalogue lies in the folder or beside it."""
-    for place in (folder / "ml-small", folder.parent / "ml-small"):
-        if place.is_dir() and place.resolve() != folder.resolve():
-            return place
-    return None
-
-
-def _read_other_catalogue(folder: Path, train_rows: pl.DataFrame) -> Catalogue:
-    return read_catalogue(
-        folder,
-        since=_ML1M_SINCE,
-        until=_ML1M_UNTIL,
-        mean=float(np.mean(read_labels(train_rows))),
-    )
-
-
-def _load_catalogue(folder: Path, config: TrainConfig, tasks: Tasks) -> StageSource | None:
-    other = _find_catalogue(folder)
-    if other is None:
-        return None
-    catalogue = _read_other_catalogue(other, read_rows(folder / "train.parquet"))
-    return _catalogue_source(catalogue, other, config, tasks)
-
-
 def _load_own_catalogue(folder: Path, config: TrainConfig, tasks: Tasks) -> StageSource:
     ratings, items = read_ml_small(folder)
     train_rows, _ = split_each_member(ratings, held_out_share=HELD_OUT_SHARE)
-    return _catalogue_source(make_catalogue(train_rows, read_films(items)), folder, config, tasks)
-
-
-def _catalogue_source(
-    catalogue: Catalogue, folder: Path, config: TrainConfig, tasks: Tasks
-) -> StageSource:
-    def epoch(number: int) -> Iterable[TrainingExample]:
-        return repeated_quality_examples(
-            catalogue,
-            candidates_per_example=_CANDIDATES,
-            seed=100 * config.seed + number,
-            times=_CATALOGUE_TIMES,
-        )
-
-    digests = fingerprint_files(folder / name for name in ("ratings.parquet", "items.parquet"))
-    return label_source(
-        epoch,
-        tasks=tasks,
-        fingerprint={f"{folder.name}/{name}": digest for name, digest in digests.items()},
-    )
-
-
-def _load_ml1m(
-    folder: Path, config: TrainConfig, tasks: Tasks, *, with_catalogue: bool = True
-) -> StageSource:
-    names = ("train.parquet", "valid.parquet", "items.parquet")
-    train_rows, valid_rows, items = (read_rows(folder / name) for name in names)
-    other = _find_catalogue(folder) if with_catalogue else None
-    catalogue = None
-    if other is not None:
-        catalogue = _read_other_catalogue(other, train_rows)
-    priors = catalogue.priors(read_films(items)) if catalogue is not None else {}
-    # The first rows know next to nothing of what was before them, as no row does that is served.
-    start = float(np.quantile(read_whole_numbers(train_rows, "timestamp"), _FIRST_SHARE))
-    movies = movie_rows(
-        train_rows.filter(pl.col("timestamp") >= start), items, train=train_rows, priors=priors
-    )
-
-    def epoch(number: int) -> Iterable[TrainingExample]:
-        seed = 1000 * config.seed + number
-        yield from movie_examples(
-            movies,
-            candidates_per_example=_CANDIDATES,
-            seed=seed,
-            newcomers=_NEWCOMERS,
-            smoothing=_SMOOTHING,
-        )
-        if catalogue is not None:
-            # What was learnt by heart is forgotten if it is not asked again.
-            yield from repeated_quality_examples(
-                catalogue,
-                candidates_per_example=_CANDIDATES,
-                seed=seed,
-                times=_REMINDERS,
-            )
-
-    held_out = movie_rows(valid_rows, items, train=train_rows)
-    return label_source(
-        epoch,
-        tasks=tasks,
-        valid=list(movie_examples(held_out, candidates_per_example=_CANDIDATES)),
-        fingerprint=fingerprint_files(folder / name for name in names),
-    )
+    return catalogue_source(make_catalogue(train_rows, read_films(items)), folder, config, tasks)
 
 
 def _load_ml_small(folder: Path, config: TrainConfig, tasks: Tasks) -> StageSource:
@@ -310,8 +200,9 @@ def _load_ml_small(folder: Path, config: TrainConfig, tasks: Tasks) -> StageSour
     def epoch(number: int) -> Iterable[TrainingExample]:
         seed = 1000 * config.seed + number
         rows = add_passed_over(train_rows, train_rows, per_like=_PASSED_OVER_PER_LIKE, seed=seed)
+        rows = hide_members(rows, share=_NEWCOMERS, seed=seed)
         movies = movie_rows(rows, items, train=train_rows)
-        return movie_examples(movies, candidates_per_example=48, seed=seed, newcomers=_NEWCOMERS)
+        return movie_examples(movies, candidates_per_example=48, seed=seed)
 
     held_out = add_passed_over(valid_rows, ratings, per_like=_PASSED_OVER_PER_LIKE, seed=0)
     return label_source(

@@ -3,11 +3,14 @@
 import inspect
 import logging
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
+from rankonce.cli import app
 from rankonce.cli.evaluate import evaluate
 from rankonce.cli.explain_prompt import explain_prompt
 from rankonce.cli.options import Precision
@@ -15,6 +18,7 @@ from rankonce.cli.score import score
 from rankonce.cli.serve import serve
 from rankonce.model import acceleration
 from rankonce.model.precision import PRECISIONS
+from rankonce.training.loop import TrainConfig
 from tests.cli.conftest import Run, write_lines
 
 Command = Callable[..., Run]
@@ -28,6 +32,41 @@ def test_the_precisions_of_the_command_line_are_those_of_the_model() -> None:
 def test_commands_that_load_a_ranker_take_its_precision(command: Callable[..., None]) -> None:
     options = inspect.signature(command).parameters
     assert {"model", "device", "precision", "keep", "trust_remote_code"} <= options.keys()
+
+
+def training_options(name: str) -> dict[str, Any]:
+    return {option.name: option for option in typer.main.get_command(app).commands[name].params}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", ["pretrain", "instruct", "train"])
+def test_what_training_commands_share_reads_the_same_in_each(name: str) -> None:
+    own, finetune = training_options(name), training_options("finetune")
+    # What these are of differs: files or a folder, labels or tokens.
+    meant_otherwise = {"data", "valid", "epochs", "targets_per_step", "max_steps"}
+    shared = (own.keys() & finetune.keys()) - meant_otherwise
+    assert {"out", "model", "size", "seed"} <= shared
+    for option in shared:
+        for part in ("help", "opts", "min", "max", "metavar", "multiple"):
+            assert getattr(own[option], part) == getattr(finetune[option], part), (option, part)
+
+
+def test_finetune_starts_from_the_defaults_of_its_configuration() -> None:
+    options = training_options("finetune")
+    settings = {field.name: field.default for field in fields(TrainConfig)}
+    shared = options.keys() & settings.keys()
+    assert len(shared) == 9
+    assert {name: options[name].default for name in shared} == {n: settings[n] for n in shared}
+
+
+@pytest.mark.parametrize("name", ["finetune", "pretrain", "instruct", "train"])
+def test_a_size_beside_a_checkpoint_is_bad_usage(run: Run, tmp_path: Path, name: str) -> None:
+    file = write_lines(tmp_path / "in.jsonl", ["{}"])
+    given = {"instruct": ("--examples", file), "train": ("ml1m", "--data", tmp_path)}
+    where = given.get(name, ("--data", file))
+    done = run(name, *where, "--out", tmp_path / "out", "--model", "m", "--size", "1m")
+    assert done.exit_code == 2
+    assert "--size" in done.err
+    assert "is for training from scratch" in done.err
 
 
 def score_values(run: Command, file: Path, *options: str | Path) -> list[float]:
@@ -92,9 +131,10 @@ def test_serve_logs_once_how_the_model_runs(
 
     rankers: list[Any] = []
 
-    def run_server(ranker: Any, _: Any, listener: Any) -> None:
+    def run_server(ranker: Any, _: Any, listener: Any, *__: Any) -> bool:
         listener.close()
         rankers.append(ranker)
+        return True
 
     monkeypatch.setattr(app, "run_server", run_server)
     caplog.set_level(logging.NOTSET, "rankonce")

@@ -7,12 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rankonce.datasets.common_form import Dataset
-from rankonce.datasets.examples import ExampleConfig, make_examples, movie_rows_of
+from rankonce.datasets.domains.films import film_examples_by_member
+from rankonce.datasets.examples import (
+    make_examples,
+    make_examples_by_member,
+    movie_rows_of,
+)
+from rankonce.datasets.rating_examples import RATING_TASKS, ExampleConfig
 from rankonce.datasets.sources import find_adapter, prepare_dataset
 from rankonce.errors import DataError
 from rankonce.prompts.encoding import TextEncoder
@@ -23,7 +30,7 @@ from tests.conftest import build_tokenizer, data_folder
 
 # member, film, rating, time
 Rating = tuple[int, int, float, int]
-TASKS = ("movie-like", "movie-rating", "similar-item")
+TASKS = tuple(RATING_TASKS)
 NUM_FILMS = 8
 
 
@@ -131,6 +138,66 @@ def test_stars_are_words_and_half_stars_round_up(tmp_path: Path) -> None:
     assert last.profile == {"num_ratings": 2, "mean_rating": 2.0}
     assert last.candidates[0].fields["num_raters"] == 1
     assert "num_raters" not in examples[20.0, "2"].request.candidates[0].fields
+
+
+def test_films_are_placed_among_all_by_the_ratings_until_the_year_began(tmp_path: Path) -> None:
+    year = 31_556_952
+    ratings = [(1, 1, 5.0, 10), (2, 1, 5.0, 20), (2, 2, 5.0, 30), (3, 3, 5.0, year + 1)]
+    ratings += [(1, film, 5.0, year + 2) for film in (2, 3)] + [(2, 4, 5.0, year + 2)]
+    config = ExampleConfig(candidates_per_example=1)
+    dataset = prepare_ratings(tmp_path, ratings)
+    places = {
+        (e.request.time, e.request.candidates[0].id): fields.get("popularity")
+        for e in make_examples(dataset, "movie-rating", config)
+        for fields in [e.request.candidates[0].fields]
+    }
+    # Of eight films one had two raters and one had one; nothing was known in the first year.
+    assert places == {
+        (10.0, "1"): None,
+        (20.0, "1"): None,
+        (30.0, "2"): None,
+        (year + 1.0, "3"): 0.0,
+        (year + 2.0, "2"): 75.0,
+        (year + 2.0, "3"): 0.0,
+        (year + 2.0, "4"): 0.0,
+    }
+
+
+def test_a_folder_of_tables_gives_the_examples_of_the_prepared_dataset(tmp_path: Path) -> None:
+    random = np.random.default_rng(5)
+    pairs = [(user, film) for user in range(1, 6) for film in range(1, NUM_FILMS + 1)]
+    moments = random.integers(900_000_000, 1_000_000_000, len(pairs)).tolist()
+    stars = (random.integers(1, 11, len(pairs)) / 2).tolist()
+    ratings = [(*pair, *rest) for pair, *rest in zip(pairs, stars, moments, strict=True)]
+    dataset = prepare_ratings(tmp_path, ratings)
+    columns = ("user_id", "item_id", "rating", "timestamp")
+    pl.DataFrame(ratings, schema=columns, orient="row").write_parquet(tmp_path / "ratings.parquet")
+    films = [(film, f"Film {film} (1999)", "Drama|War") for film in range(1, NUM_FILMS + 1)]
+    items = pl.DataFrame(films, schema=("item_id", "title", "genres"), orient="row")
+    items.write_parquet(tmp_path / "items.parquet")
+    config = ExampleConfig(candidates_per_example=10, max_history=40, co_likes=True)
+    for task in TASKS:
+        prepared, read = (
+            sorted(made, key=lambda one: str(one[1]))
+            for made in (
+                make_examples_by_member(dataset, task, config),
+                film_examples_by_member(task, tmp_path),
+            )
+        )
+        assert [example for _, example in prepared] == [example for _, example in read]
+        # A prepared dataset numbers its members anew.
+        numbers = {(number, user) for (number, _), (user, _) in zip(prepared, read, strict=True)}
+        users, renamed = ({one[place] for one in numbers} for place in (0, 1))
+        assert len(numbers) == len(users) == len(renamed) >= 3
+
+
+def test_a_history_is_what_was_liked_before_the_source(tmp_path: Path) -> None:
+    ratings = [(1, film, 5.0, 10 * film) for film in range(1, 7)] + [(2, 7, 5.0, 1)]
+    dataset = prepare_ratings(tmp_path, ratings)
+    *_, last = make_examples(dataset, "similar-item", ExampleConfig(max_history=2))
+    assert last.request.profile["source_title"] == "Film 5 (1999)"
+    told = [(event.item.fields["title"], event.time) for event in last.request.history]
+    assert told == [("Film 3 (1999)", 30.0), ("Film 4 (1999)", 40.0)]
 
 
 def test_candidates_of_one_request_share_its_past(tmp_path: Path) -> None:

@@ -161,3 +161,29 @@ def test_requests_of_rows_without_labels_have_unknown_labels() -> None:
         replace(movies, rows=ROWS.drop("label")), candidates_per_example=10
     )
     assert set(example.labels) == {None}
+
+
+def test_a_taught_share_takes_the_place_of_labels() -> None:
+    rows = ROWS.with_columns(label=pl.Series([1, 0, None, 1, None], dtype=pl.Int64))
+    taught = np.array([0.5, 0.5, 0.25, 0.75, 0.125])
+    movies = movie_rows(rows, ITEMS, train=ROWS, taught=taught)
+    shares = {
+        candidate.id: label
+        for example in movie_examples(movies, candidates_per_example=10)
+        for candidate, label in zip(example.request.candidates, example.labels, strict=True)
+    }
+    assert shares == {
+        str(row): {"Yes": share, "No": 1 - share} for row, share in enumerate(taught.tolist())
+    }
+    untaught = movie_rows(rows, ITEMS, train=ROWS)
+    labels = [one for e in movie_examples(untaught, candidates_per_example=10) for one in e.labels]
+    assert labels == ["Yes", "No", None, "Yes", None]
+
+
+def test_what_is_taught_is_never_told() -> None:
+    plain, taught = (movie_rows(ROWS, ITEMS, taught=share) for share in (None, np.full(5, 0.9)))
+    told = [
+        [example.request for example in movie_examples(movies, candidates_per_example=3)]
+        for movies in (plain, taught)
+    ]
+    assert told[0] == told[1]

@@ -9,7 +9,8 @@ import pytest
 
 from rankonce.datasets.candidate_lists import query_lists
 from rankonce.datasets.common_form import Dataset
-from rankonce.datasets.examples import ExampleConfig, make_examples
+from rankonce.datasets.examples import make_examples
+from rankonce.datasets.rating_examples import ExampleConfig
 from rankonce.datasets.sources import find_adapter, prepare_dataset
 from rankonce.errors import DataError
 from tests.conftest import data_folder

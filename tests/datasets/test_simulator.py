@@ -24,6 +24,7 @@ from rankonce.datasets.domains.platform import (
 )
 from rankonce.datasets.domains.posts import POSTS
 from rankonce.datasets.domains.songs import SONGS, SongsConfig
+from rankonce.datasets.rating_examples import RATING_TASKS
 from rankonce.datasets.simulator import (
     Scene,
     SimulatorConfig,
@@ -48,7 +49,7 @@ by_task = pytest.mark.parametrize(
     ("domain", "task"), SIMULATED_TASKS, ids=[task for _, task in SIMULATED_TASKS]
 )
 by_domain = pytest.mark.parametrize("domain", SIMULATED, ids=lambda domain: domain.name)
-FILM_NAMES = ["movie-like", *FILM_TASKS]
+FILM_NAMES = [*RATING_TASKS, *FILM_TASKS]
 
 
 def small(domain: Domain, **changes: Any) -> SimulatorConfig:
@@ -585,14 +586,14 @@ def test_films_without_ratings_are_refused(tmp_path: Path) -> None:
         list(film_examples("movie-rating", folder))
 
 
-# Labels of a common kind: the embedded ranker scores them as they are
+# The embedded ranker scores every task as it is
 
 
-def test_yes_and_no_tasks_are_scored_by_the_embedded_tokenizer() -> None:
+def test_labels_of_every_task_are_tokens_of_the_embedded_ranker() -> None:
     from transformers import AutoTokenizer
 
     folder = Path(__file__).parents[2] / "rankonce" / "embedded"
     renderer = Renderer(TextEncoder(AutoTokenizer.from_pretrained(folder)), max_prompt_tokens=4096)
     for task in library_tasks().values():
-        if set(task.label_names) == {"Yes", "No"}:
-            renderer.render(task, read_request(example_request(task)))
+        rendered = renderer.render(task, read_request(example_request(task)))
+        assert [len(ids) for ids in rendered.tokens.label_ids] == [1] * len(task.labels)

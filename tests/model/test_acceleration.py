@@ -116,7 +116,7 @@ def test_accelerated_layers_score_as_plain_ones(architecture: str, shape: dict[s
         torch.cat([raw.labels_CL for raw in cached.forward(REQUESTS)]),
         torch.cat([raw.labels_CL for raw in cached.forward(REQUESTS)]),
     ]
-    assert cached.cache.counts.hits
+    assert cached.scorer.cache.counts.hits
     model.acceleration.undo()
     expected = scores_of(model)
     for scores in passes:

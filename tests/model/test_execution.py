@@ -1,6 +1,7 @@
 """Recorded passes: padded to a bucket and run over fixed buffers, they give the same scores."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -96,6 +97,34 @@ def test_recorded_passes_equal_plain_ones(on_triton, architecture: str, shape: d
         hit, none_kept = recorded.run(parts, requests, prefixes, keep_prefixes=True)
         torch.testing.assert_close(hit, expected, atol=2e-5, rtol=1e-5)
         assert not none_kept
+
+
+@pytest.mark.parametrize(
+    ("architecture", "shape"),
+    [("qwen3", {}), ("gemma2", {"sliding_window": 16})],
+)
+@torch.inference_mode()
+def test_prefixes_known_in_part_give_the_scores_of_fresh_ones(
+    on_triton, architecture: str, shape: dict
+) -> None:
+    plain, recorded, _ = build_runners(architecture, **shape)
+    for requests in REQUESTS:
+        parts = parts_of(requests, cached=False)
+        expected, kept = plain.run(parts, requests, {}, keep_prefixes=True)
+        known = {i: max(1, len(requests[i].prefix_ids) * (i + 1) // 3) for i in kept}
+        prefixes = {
+            i: [(k[: known[i]], v[: known[i]]) for k, v in layers] for i, layers in kept.items()
+        }
+        parts = [replace(part, known=known.get(part.request, 0)) for part in parts]
+        for runner in (plain, recorded):
+            hidden, rest = runner.run(parts, requests, prefixes, keep_prefixes=True)
+            torch.testing.assert_close(hidden, expected, atol=2e-5, rtol=1e-5)
+            for index, layers in kept.items():
+                for pair, wanted in zip(rest[index], layers, strict=True):
+                    for tensor, whole in zip(pair, wanted, strict=True):
+                        torch.testing.assert_close(
+                            tensor, whole[known[index] :], atol=2e-5, rtol=1e-5
+                        )
 
 
 @torch.inference_mode()

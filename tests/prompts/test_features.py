@@ -15,6 +15,7 @@ from rankonce.prompts.features import (
     PastEvents,
     Questions,
     co_liked_neighbours,
+    count_before,
     expected_share,
     genre_affinity,
     genre_rates,
@@ -25,6 +26,7 @@ from rankonce.prompts.features import (
     popularity_percentile,
     recency,
     smoothed_share,
+    standing_percentile,
 )
 
 GENRES = {0: ["Drama"], 1: ["Drama", "Crime"], 2: [], 3: ["Crime", "Comedy"]}
@@ -92,6 +94,7 @@ FEATURES: dict[str, Callable[[PastEvents, Questions], np.ndarray]] = {
     "overall share": overall_share,
     "expected share": expected_of,
     "popularity": lambda past, asked: popularity_percentile(past, asked, period_s=2),
+    "standing": lambda past, asked: standing_percentile(past, asked, num_items=5, period_s=2),
     "recency": recency,
     "genre affinity": affinity_of,
     "neighbours who met it": neighbours_of("counts"),
@@ -159,6 +162,10 @@ def slow_number(name: str, events: list[tuple[int, ...]], one: tuple[int, ...]) 
             return sum(e[3] for e in own)
         case "overall share":
             return overall
+        case "standing":
+            until = [e[1] for e in events if e[2] < moment // 2 * 2]
+            above = sum(until.count(other) < until.count(item) for other in range(5))
+            return 20.0 * above if until else np.nan
         case "recency":
             return moment - max(e[2] for e in of_item) if of_item else np.nan
         case "neighbours who met it":
@@ -189,6 +196,31 @@ def test_a_number_equals_a_slow_count(name: str, events: list[tuple[int, ...]]) 
     found = FEATURES[name](build_past(events), build_questions(events))
     expected = [slow_number(name, events, one) for one in events]
     np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1, -3, 2**58 + 1])
+def test_ids_of_any_size_count_the_same(scale: int) -> None:
+    random = np.random.default_rng(0)
+    events = [tuple(map(int, one)) for one in random.integers([4, 5, 9, 2], size=(63, 4))]
+    named = [(member * scale, item * scale, *rest) for member, item, *rest in events]
+    for name in SLOW:
+        found = FEATURES[name](build_past(named), build_questions(named))
+        expected = [slow_number(name, events, one) for one in events]
+        np.testing.assert_allclose(found, expected, rtol=1e-12, err_msg=name)
+
+
+@given(events=EVENTS, asked=EVENTS)
+@settings(deadline=None, max_examples=100)
+def test_a_count_is_of_the_events_before_it(
+    events: list[tuple[int, ...]], asked: list[tuple[int, ...]]
+) -> None:
+    _, keys, moments, likes = (ints(column) for column in zip(*events, strict=True))
+    _, query_keys, query_moments, _ = (ints(column) for column in zip(*asked, strict=True))
+    # Keys of the queries that no event has, lower and higher ones among them.
+    found = count_before(keys, moments, likes, 2 * query_keys - 3, query_moments)
+    for place, (_, key, moment, _) in enumerate(asked):
+        before = [e for e in events if e[1] == 2 * key - 3 and e[2] < moment]
+        assert (found[0][place], found[1][place]) == (len(before), sum(e[3] for e in before))
 
 
 def test_popularity_is_the_percentile_in_the_last_period_in_which_anything_happened() -> None:
@@ -240,5 +272,7 @@ def test_impossible_settings_are_refused() -> None:
     past, asked = build_past([(1, 1, 1, 1)]), build_questions([(1, 1, 1, 1)])
     with pytest.raises(DataError, match="period_s"):
         popularity_percentile(past, asked, period_s=0)
+    with pytest.raises(DataError, match="period_s"):
+        standing_percentile(past, asked, num_items=1, period_s=0)
     with pytest.raises(DataError, match="strength: should be above 0"):
         smoothed_share(ints([0]), ints([0]), prior=0.5, strength=0)

@@ -17,7 +17,7 @@ from rankonce.errors import TaskError
 from rankonce.prompts.encoding import TextEncoder
 from rankonce.prompts.rendering import Renderer
 from rankonce.prompts.spelling import spell
-from rankonce.prompts.tasks import Task, library_tasks, load_task
+from rankonce.prompts.tasks import Task, field_names, library_tasks, load_task
 from rankonce.records import read_request
 from tests.conftest import build_tokenizer
 from tests.prompts.test_golden import letter_tokenizer
@@ -61,25 +61,47 @@ def test_every_golden_file_belongs_to_a_task_with_styles() -> None:
     assert {path.stem for path in GOLDEN.iterdir()} == set(STYLED)
 
 
+def choose_fields(task: Task) -> set[frozenset[str]]:
+    """Choose which optional fields a candidate has, for the wordings to be compared.
+
+    A line is written when all of its fields are there. Two wordings that differ on any of the
+    subsets therefore differ on the fields of one of their lines alone. Around these stand all
+    subsets in which up to two fields are missing, or are there.
+    """
+    optional = frozenset(key for key, spec in task.candidate.fields.items() if not spec.required)
+    lines = [line for wording in task.wordings() for line in wording.candidate.lines]
+    there = {optional & set(field_names(line)) for line in lines}
+    for size in range(min(2, len(optional)) + 1):
+        for some in map(frozenset, combinations(sorted(optional), size)):
+            there |= {some, optional - some}
+    return there
+
+
+@pytest.mark.parametrize("name", STYLED)
+def test_every_two_fields_are_there_and_missing_together_and_apart(name: str) -> None:
+    chosen = choose_fields(library_tasks()[name])
+    for one, other in combinations(sorted(frozenset().union(*chosen)), 2):
+        assert len({(one in there, other in there) for there in chosen}) == 4, (one, other)
+
+
 @pytest.mark.parametrize("name", STYLED)
 def test_wordings_write_the_same_facts_whatever_is_missing(name: str) -> None:
     task, renderer = library_tasks()[name], build_renderer(build_tokenizer())
-    optional = [key for key, spec in task.candidate.fields.items() if not spec.required]
     whole = example_request(task)["candidates"][0]["fields"]
-    # Of many fields not every subset: few are missing, or few are there.
-    sizes = {size for n in range(3) for size in (n, len(optional) - n) if size >= 0}
-    for size in sorted(sizes):
-        for left_out in combinations(optional, size):
-            fields = {key: value for key, value in whole.items() if key not in left_out}
-            data = {**example_request(task), "candidates": [{"fields": fields}]}
-            words = {
-                key: spell(v, task.candidate.fields[key], path="") for key, v in fields.items()
-            }
-            facts = []
-            for wording in task.wordings():
-                segment = write_prompt(wording, data, renderer).split(wording.question)[-1]
-                facts.append({key for key, word in words.items() if word in segment})
-            assert all(one == facts[0] for one in facts), left_out
+    assert set(whole) == set(task.candidate.fields)
+    for there in choose_fields(task):
+        fields = {
+            key: value
+            for key, value in whole.items()
+            if key in there or task.candidate.fields[key].required
+        }
+        data = {**example_request(task), "candidates": [{"fields": fields}]}
+        words = {key: spell(v, task.candidate.fields[key], path="") for key, v in fields.items()}
+        facts = []
+        for wording in task.wordings():
+            segment = write_prompt(wording, data, renderer).split(wording.question)[-1]
+            facts.append({key for key, word in words.items() if word in segment})
+        assert all(one == facts[0] for one in facts), sorted(there)
 
 
 def test_a_style_changes_what_it_names_and_nothing_else(tmp_path: Path) -> None:

@@ -11,12 +11,15 @@ import httpx
 import pytest
 import torch
 import uvicorn
+from fastapi import FastAPI
 from openai import OpenAI
 
 from rankonce.model.loading import prepare_model
 from rankonce.ranker import Ranker
 from rankonce.serving.app import create_app, open_listener
+from rankonce.serving.connections import bounded_protocol
 from rankonce.serving.engine import ServerConfig
+from rankonce.serving.operations import OperationsConfig
 from tests.conftest import build_network, build_tokenizer
 
 ARCHITECTURE = "qwen3"
@@ -44,12 +47,28 @@ class Served:
 
 
 @contextmanager
-def serving(ranker: Ranker | Mapping[str, Ranker], **options: Any) -> Iterator[httpx.Client]:
-    """Serve a ranker with uvicorn in a thread of its own."""
-    config = ServerConfig(port=0, **options)
-    listener = open_listener(config)
+def serving(
+    ranker: Ranker | Mapping[str, Ranker],
+    operations: OperationsConfig | None = None,
+    **options: Any,
+) -> Iterator[httpx.Client]:
+    """Serve a ranker with uvicorn in a thread of its own, cold unless operations say otherwise."""
+    operations = operations or OperationsConfig(warm_up=False)
+    app = create_app(ranker, ServerConfig(**options), operations)
+    with serving_app(app, operations) as client:
+        yield client
+
+
+@contextmanager
+def serving_app(app: FastAPI, operations: OperationsConfig | None = None) -> Iterator[httpx.Client]:
+    """Serve an application in the same way."""
+    operations = operations or OperationsConfig(warm_up=False)
+    listener = open_listener(ServerConfig(port=0))
+    protocol = bounded_protocol(
+        header_timeout_s=operations.header_timeout_s, write_timeout_s=operations.write_timeout_s
+    )
     server = uvicorn.Server(
-        uvicorn.Config(create_app(ranker, config), log_level="critical", ws="none")
+        uvicorn.Config(app, http=protocol, log_config=None, access_log=False, ws="none")
     )
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()

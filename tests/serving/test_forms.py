@@ -50,6 +50,7 @@ def test_every_command_of_the_page_is_answered(chatty: Served) -> None:
     ]
     assert answers == [
         ("/v1/rank", 200),
+        ("/v1/prefixes", 200),
         ("/v1/score", 200),
         ("/generative_scoring", 200),
         ("/v1/rerank", 200),
@@ -207,7 +208,12 @@ def test_a_developer_turn_is_a_system_turn(chatty: Served) -> None:
         )
         for role in ("developer", "system")
     ]
-    assert answers[0].choices == answers[1].choices
+    (first, second) = (answer.choices[0] for answer in answers)
+    assert first.message == second.message
+    (one,), (other,) = first.logprobs.content, second.logprobs.content
+    # The second comes out of the prefix cache.
+    assert answers[1].usage.prompt_tokens_details.cached_tokens > 0
+    assert one.logprob == pytest.approx(other.logprob, abs=1e-5)
 
 
 def test_special_tokens_in_a_message_stay_letters(chatty: Served) -> None:

@@ -59,6 +59,7 @@ def test_every_example_is_answered_in_the_form_that_the_page_shows(http: httpx.C
     # An endpoint without an example would otherwise pass.
     assert answered == {
         "/v1/rank": 1,
+        "/v1/prefixes": 1,
         "/v1/score": 1,
         "/generative_scoring": 1,
         "/v1/rerank": 6,

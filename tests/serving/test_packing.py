@@ -41,16 +41,15 @@ def test_packing_never_costs_tokens(prompts: list[tuple[int, ...]]) -> None:
     assert computed_tokens(packed) <= packed.num_tokens
 
 
-def test_one_prompt_is_one_segment() -> None:
+def test_all_of_one_prompt_but_its_last_token_can_be_known() -> None:
     (request,) = pack_prompts([(1, 2, 3)], [7]).requests
-    assert request.prefix_ids == ()
-    assert request.segment_ids == ((1, 2, 3),)
+    assert request.prefix_ids == (1, 2)
+    assert request.segment_ids == ((3,),)
 
 
 def test_prompts_that_share_nothing_are_separate_requests() -> None:
     packed = pack_prompts([(1, 5), (2, 5), (3, 5)], [7])
-    assert len(packed.requests) == 3
-    assert not any(request.prefix_ids for request in packed.requests)
+    assert [one.prefix_ids for one in packed.requests] == [(1,), (2,), (3,)]
 
 
 def test_equal_prompts_share_all_but_the_last_token() -> None:
@@ -98,6 +97,31 @@ def test_usage_shows_that_a_beginning_was_read_once(plain: Served, num_prompts: 
     assert cached >= (num_prompts - 1) * (shared - 1)
     again = _usage(plain, prompts)["prompt_tokens_details"]["cached_tokens"]
     assert again >= num_prompts * (shared - 1), "the prefix cache holds the beginning now"
+
+
+def test_a_conversation_that_goes_on_is_read_from_where_it_was(chatty: Served) -> None:
+    turns = [
+        {"role": "user", "content": "Tell me about Heat, Alien and Up, and why they are films"}
+    ]
+
+    def ask() -> tuple[int, float]:
+        body = {"messages": turns, "max_tokens": 1, "logprobs": True, "labels": ["Yes"]}
+        answer = chatty.http.post("/v1/chat/completions", json=body).json()
+        usage = answer["usage"]
+        logprobs = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+        return usage["prompt_tokens_details"]["cached_tokens"], logprobs[0]["logprob"]
+
+    _, first = ask()
+    cached, again = ask()
+    ids = chatty.tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
+    assert cached == len(ids) - 1
+    assert again == pytest.approx(first, abs=1e-5)
+    assert first == pytest.approx(
+        float(chatty.plain_logprobs(ids)[chatty.tokenizer.convert_tokens_to_ids("Yes")]), abs=1e-5
+    )
+    turns += [{"role": "assistant", "content": "Yes"}, {"role": "user", "content": "And M?"}]
+    grown, _ = ask()
+    assert len(ids) - 32 < grown < len(ids)
 
 
 def _usage(served: Served, prompts: list[str]) -> dict[str, Any]:

@@ -28,13 +28,13 @@ FILMS = AdapterConfig(name="films", rank=4)
 ADAPTER_CONFIG = replace(CONFIG, averaging=0.0, dropout=0.0, learning_rate=2e-2)
 
 
-def disturb(network: Any, *, seed: int = 0, scale: float = 0.1) -> None:
+def disturb(network: Any, *, seed: int = 0) -> None:
     """Move an adapter off its beginning, where it changes nothing."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in network.parameters():
             if weight.requires_grad:
-                weight.copy_(scale * torch.randn(weight.shape, generator=generator))
+                weight.copy_(0.1 * torch.randn(weight.shape, generator=generator))
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""What another catalogue knows of films: shares free of who rated, labels, priors by title."""
+"""What another catalogue knows of films: shares free of who rated, labels, films found by title."""
 
 from pathlib import Path
 
@@ -7,7 +7,6 @@ import polars as pl
 import pytest
 
 from rankonce.datasets.ml_small import film_like_shares, leave_out_members
-from rankonce.datasets.movielens import movie_examples, movie_rows
 from rankonce.errors import DataError
 from rankonce.training.catalogue import (
     Catalogue,
@@ -87,35 +86,9 @@ def test_every_film_is_asked_of_once_with_nothing_but_its_words() -> None:
     assert all(sorted(order, key=str) == ["1", "2", "3"] for order in orders)
 
 
-def test_priors_change_what_is_taught_and_nothing_that_is_told() -> None:
-    items = pl.DataFrame(
-        {"item_id": [7, 8], "title": ["Heat (1995)", "Alien (1979)"], "genres": ["Crime", ""]}
-    )
-    rows = pl.DataFrame(
-        {
-            "user_id": [1, 1, 2],
-            "item_id": [7, 8, 7],
-            "label": [1, 0, 0],
-            "timestamp": [10, 20, 30],
-            "history_ids": [[], [7], []],
-        },
-        schema_overrides={"history_ids": pl.List(pl.Int64)},
-    )
+def test_films_are_found_by_their_titles() -> None:
     films = {7: {"title": "Heat (1995)"}, 8: {"title": "Alien (1979)"}}
-    priors = build_catalogue().priors(films)
-    assert set(priors) == {7}
-    assert (priors[7].like_share, priors[7].strength) == (0.8, 20.0)
-    plain, taught = movie_rows(rows, items), movie_rows(rows, items, priors=priors)
-    told = [
-        [example.request for example in movie_examples(movies, candidates_per_example=3)]
-        for movies in (plain, taught)
-    ]
-    assert told[0] == told[1]
-    soft = list(movie_examples(taught, candidates_per_example=3, smoothing=1.0))
-    # Nobody has rated Heat before the first row: 20 raters of .8 and 5 of the average .5.
-    share = soft[0].labels[0]
-    assert isinstance(share, dict)
-    assert share["Yes"] == pytest.approx((20 * 0.8 + 5 * 0.5) / 25)
+    assert build_catalogue().find(films) == {7: (0.8, 200.0)}
 
 
 def test_a_catalogue_without_its_columns_is_named(tmp_path: Path) -> None:

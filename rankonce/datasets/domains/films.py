@@ -14,6 +14,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate, islice
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,16 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from rankonce.datasets.ml_small import read_ml_small
-from rankonce.datasets.movielens import movie_examples, movie_rows, read_films, read_rows
-from rankonce.datasets.statistics import statistics_from
-from rankonce.errors import DataError
-from rankonce.prompts.features import smoothed_share
+from rankonce.datasets.ml_small import read_ratings
+from rankonce.datasets.movielens import read_films, read_rows
+from rankonce.datasets.rating_examples import (
+    RATING_TASKS,
+    ExampleConfig,
+    Ratings,
+    rating_examples,
+)
+from rankonce.datasets.statistics import read_past, read_questions, statistics_from
+from rankonce.prompts.features import YEAR, smoothed_share, standing_percentile
 from rankonce.records import Event, Item, ScoreRequest, TrainingExample, Value
 
 _LIKE, _DISLIKE = 4.0, 2.0
@@ -35,7 +41,6 @@ _MAX_EVENTS = 40
 _NAMED = 3
 # With fewer raters than this a film counts as new.
 _FEW_RATERS = 5
-_YEAR = 31_556_952
 Rating = tuple[int, float, int]
 
 
@@ -73,10 +78,9 @@ class FilmData:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.ratings = read_rows(folder / "ratings.parquet").sort("timestamp", "user_id", "item_id")
-        if missing := {"user_id", "item_id", "rating", "timestamp"} - set(self.ratings.columns):
-            raise DataError(f"ratings: should have the columns {', '.join(sorted(missing))}")
-        self.films = read_films(read_rows(folder / "items.parquet"))
+        ratings, items = read_ratings(folder)
+        self.ratings = ratings.sort("timestamp", "user_id", "item_id")
+        self.films = read_films(items)
         self.by_member: dict[int, list[Rating]] = {}
         columns = self.ratings.select("user_id", "item_id", "rating", "timestamp")
         for user, film, rating, time in columns.iter_rows():
@@ -94,6 +98,19 @@ class FilmData:
         rows = self.by_member[user]
         return rows[: bisect_left(rows, time, key=itemgetter(2))]
 
+    def mean_before(self, user: int, time: int) -> float | None:
+        """The mean of the member's ratings before a moment, ``None`` where there is none."""
+        count = len(self.before(user, time))
+        return self._rating_sums[user][count - 1] / count if count else None
+
+    @cached_property
+    def _rating_sums(self) -> dict[int, list[float]]:
+        # Halves are added without rounding, whatever the order.
+        return {
+            user: list(accumulate(rating for _, rating, _ in rows))
+            for user, rows in self.by_member.items()
+        }
+
     def draw_others(
         self, user: int, time: int, count: int, random: np.random.Generator, besides: Sequence[int]
     ) -> list[int]:
@@ -108,28 +125,6 @@ class FilmData:
     @cached_property
     def _rated_by(self) -> dict[int, set[int]]:
         return {user: {film for film, _, _ in rows} for user, rows in self.by_member.items()}
-
-    def percentile(self, film: int, time: int) -> float:
-        """Popularity among all films at the beginning of the year of a moment."""
-        counts = self._counts_until(time // _YEAR)
-        place = np.searchsorted(counts["sorted"], counts["of"].get(film, 0))
-        return float(100.0 * place / max(1, len(counts["sorted"])))
-
-    def _counts_until(self, year: int) -> dict[str, Any]:
-        if year not in self._yearly:
-            end = int(np.searchsorted(self.times, year * _YEAR))
-            films, counts = np.unique(self.rated[:end], return_counts=True)
-            every = np.zeros(len(self.films), dtype=np.int64)
-            every[: len(counts)] = counts
-            self._yearly[year] = {
-                "of": dict(zip(films.tolist(), counts.tolist(), strict=True)),
-                "sorted": np.sort(every),
-            }
-        return self._yearly[year]
-
-    @cached_property
-    def _yearly(self) -> dict[int, dict[str, Any]]:
-        return {}
 
 
 def film_examples(task: str, folder: Path, *, seed: int = 0) -> Iterator[TrainingExample]:
@@ -146,16 +141,19 @@ def film_examples_by_member(
     task: str, folder: Path, *, seed: int = 0
 ) -> Iterator[tuple[int, TrainingExample]]:
     """Make the examples of ``film_examples``, each with the user_id of its member."""
-    if task == "movie-like":
-        movies = movie_rows(*read_ml_small(folder))
-        users = movies.rows["user_id"].to_list()
-        for example in movie_examples(movies, candidates_per_example=_CANDIDATES):
-            # The candidates of this task bear the numbers of their rows.
-            yield users[int(str(example.request.candidates[0].id))], example
+    if task in RATING_TASKS:
+        config = ExampleConfig(
+            candidates_per_example=_CANDIDATES, max_history=_MAX_EVENTS, co_likes=True, seed=seed
+        )
+        yield from rating_examples(_read_ratings(folder), task, config)
         return
     data, made = FilmData(folder), FILM_TASKS[task]
     asked = [a for a in made.ask(data, np.random.default_rng(seed)) if a.films]
     numbers = _numbers(data, asked)
+    items = {
+        film: Item(fields={name: value for name, value in fields.items() if name in made.event})
+        for film, fields in data.films.items()
+    }
     row = 0
     for number, one in enumerate(asked):
         rows = range(row, row + len(one.films))
@@ -165,7 +163,7 @@ def film_examples_by_member(
             id=f"{task}-{number}",
             time=float(one.time),
             profile={**one.profile, **_pick(made.profile, numbers, rows[0])},
-            history=_history(data, one, made),
+            history=_history(data, one, made, items),
             candidates=tuple(
                 Item(
                     id=str(film),
@@ -176,6 +174,17 @@ def film_examples_by_member(
         )
         labels = tuple(label for _, label in one.films)
         yield one.user, TrainingExample(request=request, labels=labels)
+
+
+def _read_ratings(folder: Path) -> Ratings:
+    ratings, items = read_ratings(folder)
+    fields = read_films(items)
+    known = ratings.filter(pl.col("item_id").is_in(list(fields)))
+    return Ratings(
+        rows=known.rename({"rating": "value"}).sort("user_id", "timestamp", "item_id"),
+        fields=fields,
+        names={film: str(film) for film in fields},
+    )
 
 
 def _pick(
@@ -202,7 +211,12 @@ def _numbers(data: FilmData, asked: Sequence[Asked]) -> dict[str, list[Any]]:
         prior = past["global_share"].to_numpy()
         share = smoothed_share(likes, count, prior=prior, strength=_STRENGTH)
         shares[of] = [s if c else None for s, c in zip(share.tolist(), count.tolist(), strict=True)]
-    means = [mean for one in asked for mean in [_mean_before(data, one)] * len(one.films)]
+    percentiles = standing_percentile(
+        read_past(data.likes), read_questions(rows), num_items=len(data.films), period_s=YEAR
+    )
+    means = [
+        mean for one in asked for mean in [data.mean_before(one.user, one.time)] * len(one.films)
+    ]
     return {
         "num_raters": past["item_count"].to_list(),
         "like_share": shares["item"],
@@ -210,39 +224,32 @@ def _numbers(data: FilmData, asked: Sequence[Asked]) -> dict[str, list[Any]]:
         "member_like_share": shares["user"],
         "genre_like_share": shares["user_genre"],
         "mean_rating": means,
-        "percentile": [data.percentile(film, time) for _, film, time in flat],
+        "percentile": [None if np.isnan(one) else one for one in percentiles.tolist()],
         "film_age": [_film_age(data.films[film], time) for _, film, time in flat],
     }
-
-
-def _mean_before(data: FilmData, one: Asked) -> float | None:
-    before = data.before(one.user, one.time)
-    return sum(rating for _, rating, _ in before) / len(before) if before else None
 
 
 def _film_age(film: Mapping[str, Value], time: int) -> float | None:
     """Seconds since the year in a title's last brackets began."""
     year = re.search(r"\((\d{4})\)\s*$", str(film["title"]))
-    return max(0.0, time - (int(year.group(1)) - 1970) * _YEAR) if year else None
+    return max(0.0, time - (int(year.group(1)) - 1970) * YEAR) if year else None
 
 
-def _history(data: FilmData, one: Asked, made: FilmTask) -> tuple[Event, ...]:
+def _history(
+    data: FilmData, one: Asked, made: FilmTask, items: Mapping[int, Item]
+) -> tuple[Event, ...]:
     if made.action is None:
         return ()
-    events: list[Event] = []
-    for film, rating, time in reversed(data.before(one.user, one.time)):
-        if len(events) < _MAX_EVENTS and (word := made.action(rating)):
-            fields = {name: value for name, value in data.films[film].items() if name in made.event}
-            events.append(Event(item=Item(fields=fields), action=word, time=float(time)))
+    told = (
+        (film, word, time)
+        for film, rating, time in reversed(data.before(one.user, one.time))
+        if (word := made.action(rating))
+    )
+    events = [
+        Event(item=items[film], action=word, time=float(time))
+        for film, word, time in islice(told, _MAX_EVENTS)
+    ]
     return tuple(events[::-1])
-
-
-def _stars(rating: float) -> int:
-    return min(5, max(1, int(rating + 0.5)))
-
-
-def _star_words(rating: float) -> str:
-    return f"{_stars(rating)} star{'s' if _stars(rating) > 1 else ''}"
 
 
 def _liked(rating: float) -> str | None:
@@ -330,20 +337,6 @@ def _search(data: FilmData, random: np.random.Generator) -> Iterator[Asked]:
         )
 
 
-def _similar(data: FilmData, random: np.random.Generator) -> Iterator[Asked]:
-    """A film that a member liked as the source; those liked next went with it."""
-    for user, rows in data.by_member.items():
-        liked = [row for row in rows if row[1] >= _LIKE]
-        for place in range(0, len(liked) - 1, _CANDIDATES):
-            source, _, time = liked[place]
-            later = [film for film, _, _ in liked[place + 1 : place + 1 + _CANDIDATES // 2]]
-            others = data.draw_others(user, time, len(later), random, [source])
-            films = [*((film, "Yes") for film in later), *((film, "No") for film in others)]
-            order = random.permutation(len(films)).tolist()
-            profile = {f"source_{name}": value for name, value in data.films[source].items()}
-            yield Asked(user=user, time=time, films=[films[i] for i in order], profile=profile)
-
-
 FILM_TASKS: Mapping[str, FilmTask] = {
     "movie-dislike": FilmTask(
         ask=_by_rating(lambda rating: "Yes" if rating <= _DISLIKE else "No"),
@@ -368,17 +361,8 @@ FILM_TASKS: Mapping[str, FilmTask] = {
         profile={"num_ratings": "num_ratings", "like_share": "member_like_share"},
         action=_liked,
     ),
-    "movie-rating": FilmTask(
-        ask=_by_rating(lambda rating: str(_stars(rating))),
-        candidate={"num_raters": "num_raters", "popularity": "percentile"},
-        profile={"num_ratings": "num_ratings", "mean_rating": "mean_rating"},
-        action=_star_words,
-    ),
     "movie-search": FilmTask(
         ask=_search,
         candidate={"num_raters": "num_raters", "like_share": "like_share"},
-    ),
-    "similar-item": FilmTask(
-        ask=_similar, action=lambda rating: "liked" if rating >= _LIKE else None
     ),
 }

@@ -1,0 +1,32 @@
+"""The checkpoint that servers of a load benchmark share."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from rankonce.model.sizes import build_model
+from rankonce.ranker import EMBEDDED_MODEL
+
+
+@contextmanager
+def shared_checkpoint(model: Path, *, size: str | None, seed: int) -> Iterator[Path]:
+    """Give the folder of a checkpoint, or make one with random weights inside this context.
+
+    Args:
+        model: a checkpoint, which stands where ``size`` is ``None``.
+        size: of random weights; the tokenizer is that of the embedded ranker.
+
+    Raises:
+        ModelError: no size has this name.
+    """
+    if size is None:
+        yield model
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"random-{size}"
+        build_model(size, seed=seed).save_pretrained(path)
+        AutoTokenizer.from_pretrained(EMBEDDED_MODEL).save_pretrained(path)
+        yield path

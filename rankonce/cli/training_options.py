@@ -1,0 +1,106 @@
+"""Options that the training commands share, and what becomes of them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rankonce.training.adapters import AdapterConfig
+
+_OUT: Any = typer.Option(
+    "--out", file_okay=False, help="Folder of the model; a run found there goes on."
+)
+RunFolderOption = Annotated[Path, _OUT]
+MaybeRunFolderOption = Annotated[Path | None, _OUT]
+StartModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="FOLDER|ID",
+        help="Checkpoint to start from.",
+        show_default="from scratch",
+    ),
+]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Of everything.")]
+LearningRateOption = Annotated[float, typer.Option("--learning-rate", min=0.0, help="The peak.")]
+PassTokensOption = Annotated[
+    int, typer.Option("--max-tokens-per-pass", min=1, help="Bounds the memory of a pass.")
+]
+
+LoraRankOption = Annotated[
+    int | None,
+    typer.Option(
+        "--lora-rank",
+        min=1,
+        help="Train an adapter of this rank over --model, which stays as it is.",
+        show_default="train the whole model",
+    ),
+]
+LoraAlphaOption = Annotated[
+    int | None,
+    typer.Option("--lora-alpha", min=1, help="Scales the adapter.", show_default="twice the rank"),
+]
+LoraDropoutOption = Annotated[
+    float | None,
+    typer.Option(
+        "--lora-dropout", min=0.0, max=0.99, help="Of an adapter's inputs.", show_default="0"
+    ),
+]
+LoraTargetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora-target",
+        metavar="NAME",
+        help="Linear layers that get the adapter, such as q_proj; may be given several times.",
+        show_default="all of the decoder",
+    ),
+]
+QloraOption = Annotated[
+    bool,
+    typer.Option("--qlora", help="Hold the model in 4 bits (NF4) while the adapter learns."),
+]
+AdapterNameOption = Annotated[
+    str | None,
+    typer.Option("--adapter-name", help="Domain of the adapter.", show_default="default"),
+]
+
+
+def size_option(*, default: str) -> Any:
+    """Make the option of a size from scratch; the default is the text of --help alone."""
+    return typer.Option("--size", help="Size from scratch: 0.07m to 150m.", show_default=default)
+
+
+def check_start(model: str | None, size: str | None) -> None:
+    """Refuse a size beside a checkpoint, which has its own."""
+    if model is not None and size is not None:
+        raise typer.BadParameter("is for training from scratch", param_hint="--size")
+
+
+def read_adapter_config(
+    rank: int | None,
+    *,
+    alpha: int | None,
+    dropout: float | None,
+    targets: Sequence[str] | None,
+    qlora: bool,
+    name: str | None,
+) -> "AdapterConfig | None":
+    """Read how an adapter is trained; ``None`` without a rank, which the others need."""
+    if rank is None:
+        if qlora or any(option is not None for option in (alpha, dropout, targets, name)):
+            raise typer.BadParameter(
+                "should be given where an adapter is meant", param_hint="--lora-rank"
+            )
+        return None
+    from rankonce.training.adapters import AdapterConfig
+
+    return AdapterConfig(
+        name=name or "default",
+        rank=rank,
+        alpha=alpha,
+        dropout=dropout or 0.0,
+        targets=tuple(targets) if targets else None,
+        quantize="nf4" if qlora else "none",
+    )
