@@ -156,7 +156,6 @@ class Engine:
     async def forget_adapter(self, adapter: str | None) -> None:
         """Drop everything that was computed with an adapter, whose weights change or go."""
         self._results.drop(adapter)
-        self._prefixes.drop(adapter)
         await self._batcher.run_between_passes(self.ranker.scorer.cache.drop, adapter)
 
     @property
@@ -175,6 +174,7 @@ class Engine:
 
     async def unload_adapter(self, name: str) -> None:
         """Forget an adapter that no question uses, between two passes."""
+        self._prefixes.drop(name)
         await self.forget_adapter(name)
         await self._batcher.run_between_passes(self.ranker.unload_adapter, name)
 

@@ -68,10 +68,9 @@ class PreparedPrefixes:
             return None
         return prepared if prepared.expires_at > self._clock() else None
 
-    def drop(self, adapter: str | None) -> None:
-        """Forget the handles of an adapter, whose weights have changed or gone."""
-        name = adapter or ""
-        for handle in [h for h, one in self._handles.items() if one.request.adapter == name]:
+    def drop(self, adapter: str) -> None:
+        """Forget the handles of an adapter that goes."""
+        for handle in [h for h, one in self._handles.items() if one.request.adapter == adapter]:
             del self._handles[handle]
 
     def __len__(self) -> int:

@@ -20,7 +20,11 @@ from rankonce.serving.logs import JsonFormatter, TextFormatter
 from rankonce.serving.operations import OperationsConfig
 from tests.serving.conftest import build_ranker, serving
 
-SECRETS = {"search": "kIs3o0y8PqLw2ZrVt6nB", "monitor": "b7Yq0NfLs3Vx8TgKw1Rm"}
+SECRETS = {
+    "search": "kIs3o0y8PqLw2ZrVt6nB",
+    "monitor": "b7Yq0NfLs3Vx8TgKw1Rm",
+    "release": "Hc4Vt9LmQx2RkPz7WdNs",
+}
 QUESTION = {"prompt": "Zanzibar", "max_tokens": 1}
 PATH = "/v1/completions"
 
@@ -32,6 +36,7 @@ def ring(**limits: int) -> KeyRing:
                 name=name,
                 digest=hashlib.sha256(secret.encode()).digest(),
                 reads_metrics=name == "monitor",
+                changes_adapters=name == "release",
                 **limits,  # type: ignore[arg-type]
             )
             for name, secret in SECRETS.items()
@@ -100,6 +105,24 @@ def test_metrics_need_a_key_that_may_read_them(guarded: httpx.Client) -> None:
     assert refused.status_code == 403
     assert refused.json()["error"]["code"] == "permission_denied"
     assert "rankonce_requests_total" in guarded.get("/metrics", headers=bearer("monitor")).text
+
+
+@pytest.mark.parametrize("path", ["/v1/load_lora_adapter", "/v1/unload_lora_adapter"])
+def test_adapters_are_changed_by_a_key_that_may_change_them(path: str) -> None:
+    operations = OperationsConfig(keys=ring(), warm_up=False)
+    question = {"lora_name": "songs", "lora_path": "no/such/folder"}
+    if "unload" in path:
+        del question["lora_path"]
+    with serving(build_ranker(chat=False), operations, allow_adapter_loading=True) as http:
+        assert http.post(path, json=question).status_code == 401
+        for name in ("search", "monitor"):
+            refused = http.post(path, json=question, headers=bearer(name))
+            assert refused.status_code == 403
+            assert refused.json()["error"]["code"] == "permission_denied"
+        # It comes as far as what it asks for.
+        answer = http.post(path, json=question, headers=bearer("release"))
+        assert answer.status_code in (400, 404)
+        assert answer.json()["error"]["param"] in question
 
 
 def test_metrics_may_be_opened_although_there_are_keys() -> None:

@@ -27,7 +27,7 @@ def test_keys_are_found_by_what_the_client_sends(tmp_path: Path) -> None:
         write(
             tmp_path,
             f"# keys\n\nsearch:{SECRET}\nfeed:sha256:{digest}  requests_per_minute=6 "
-            "tokens_per_minute=700 metrics\n",
+            "tokens_per_minute=700 metrics adapters\n",
         )
     )
     assert ring.find(SECRET) == ApiKey(
@@ -36,7 +36,7 @@ def test_keys_are_found_by_what_the_client_sends(tmp_path: Path) -> None:
     feed = ring.find(OTHER)
     assert feed is not None
     assert (feed.name, feed.requests_per_minute, feed.tokens_per_minute) == ("feed", 6, 700)
-    assert feed.reads_metrics
+    assert (feed.reads_metrics, feed.changes_adapters) == (True, True)
     for wrong in ("", SECRET[:-1], SECRET + "x", digest, f"sha256:{digest}", "search", "\udcff"):
         assert ring.find(wrong) is None
 

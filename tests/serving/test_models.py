@@ -1,5 +1,6 @@
 """Several models and adapters behind one server; adapters come and go while questions run."""
 
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -15,6 +16,7 @@ from rankonce.cli.serve import _read_models
 from rankonce.errors import ModelError
 from rankonce.ranker import Ranker
 from rankonce.serving.app import create_app
+from rankonce.serving.operations import OperationsConfig
 from tests.conftest import build_request
 from tests.model.test_adapters import build_adapter, build_base
 from tests.serving.conftest import serving
@@ -162,6 +164,64 @@ def test_nothing_cached_of_an_adapter_outlives_it(
     again = rank(http, model="one")
     assert values(again) == expected(whole, "jobs")
     assert again.json()["usage"]["cached_tokens"] == 0
+
+
+def test_a_prefix_prepared_for_an_adapter_goes_with_it(
+    http: httpx.Client, folders: dict[str, Path], whole: Ranker
+) -> None:
+    load(http, "films", folders["films"])
+    body = {key: value for key, value in asdict(build_request(5)).items() if value is not None}
+    candidates = body.pop("candidates")
+    handles = {
+        name: http.post("/v1/prefixes", json={**body, "adapter": name}).json()["id"]
+        for name in ("films", "")
+    }
+
+    def ask(name: str) -> httpx.Response:
+        question = {"prefix": handles[name], "candidates": candidates}
+        return http.post("/v1/rank", json=question)
+
+    for name in ("films", ""):
+        assert values(ask(name)) == expected(whole, name)
+        assert ask(name).json()["usage"]["cached_tokens"] > 0
+    assert unload(http, "films").status_code == 200
+    assert error_of(ask("films"), 404)["code"] == "prefix_not_found"
+    assert values(ask("")) == expected(whole, "")
+    # Another one of the same name does not bring it back.
+    assert load(http, "films", folders["jobs"]).status_code == 200
+    assert error_of(ask("films"), 404)["code"] == "prefix_not_found"
+
+
+def test_no_result_that_is_kept_outlives_its_adapter(
+    folders: dict[str, Path], whole: Ranker
+) -> None:
+    ranker = Ranker.from_pretrained(folders["tiny"], device="cpu")
+    with serving(ranker, allow_adapter_loading=True, result_cache_pairs=100) as http:
+        for folder in ("films", "jobs"):
+            load(http, "one", folders[folder], load_inplace=True)
+            for _ in range(2):
+                assert values(rank(http, model="one")) == expected(whole, folder)
+
+
+def test_every_model_is_warmed_up_and_counted(folders: dict[str, Path]) -> None:
+    rankers = {
+        name: Ranker.from_pretrained(folders[name], device="cpu") for name in ("tiny", "other")
+    }
+    with serving(rankers, OperationsConfig(), allow_adapter_loading=True) as http:
+        # It waits until the first questions are answered.
+        assert load(http, "films", folders["films"]).status_code == 200
+        assert http.get("/ready").json() == {"status": "ready"}
+        for name in ("films", "other"):
+            assert rank(http, model=name).status_code == 200
+        metrics = http.get("/metrics").text
+    for name in rankers:
+        assert f'rankonce_queue_open{{model="{name}"}} 0.0' in metrics
+        (hits,) = re.findall(
+            rf'^rankonce_cache_misses_total{{cache="prefix",model="{name}"}} (\S+)$',
+            metrics,
+            re.MULTILINE,
+        )
+        assert float(hits) > 1
 
 
 def test_questions_under_way_get_their_answers_when_an_adapter_leaves(

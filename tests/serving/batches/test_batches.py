@@ -73,6 +73,27 @@ def test_a_line_is_answered_as_the_endpoint_answers(endpoint: str, keeper: Keepe
     )
 
 
+def test_a_rerank_line_is_answered_in_the_form_of_its_words(keeper: Keeper) -> None:
+    url, texts = "/v1/rerank", ["Plants make sugar.", "Heat is a film."]
+    bodies = [
+        {"query": "plants", "texts": texts, "return_text": True},
+        {"query": "plants", "documents": texts, "instruct": "Judge as a biologist."},
+        {"query": "plants", "input": texts, "top_k": 1},
+    ]
+    batch = keeper.run(url, *(line(str(i), url, body) for i, body in enumerate(bodies)))
+    output = keeper.lines_of(batch.output_file_id)
+    assert [part["custom_id"] for part in output] == ["0", "1", "2"]
+    for part, body in zip(output, bodies, strict=True):
+        answer, live = part["response"]["body"], keeper.http.post(url, json=body).json()
+        if isinstance(live, list):
+            assert same(answer, live)
+        else:
+            assert same(without_ids(answer), without_ids(live))
+    # A bare list says nothing of its tokens.
+    assert batch.usage is not None
+    assert batch.usage.input_tokens == output[2]["response"]["body"]["usage"]["prompt_tokens"]
+
+
 def test_times_follow_the_states(keeper: Keeper) -> None:
     body = VALID["/v1/completions"]
     created = keeper.create("/v1/completions", line("a", "/v1/completions", body))
