@@ -132,10 +132,26 @@ def test_every_endpoint_takes_terms(plain: Any) -> None:
     bodies = {
         "/v1/rerank": {"query": "M", "documents": ["M"]},
         "/v1/score": {"query": "M", "items": [" a"], **labels},
+        "/generative_scoring": {"query": "M", "items": [" a"], **labels},
         "/v1/completions": {"prompt": "M", "max_tokens": 1},
     }
     for path, body in bodies.items():
         assert plain.http.post(path, json={**body, **terms}).status_code == 200
+
+
+def test_a_prepared_prefix_says_its_own_instruction() -> None:
+    request = replace(build_request(5), instruction="The member is a child.")
+    before = {k: v for k, v in asdict(request).items() if k != "candidates" and v is not None}
+    rest = {"candidates": asdict(request)["candidates"]}
+    with serving(build_ranker(chat=False)) as http:
+        rest["prefix"] = http.post("/v1/prefixes", json=before).json()["id"]
+        answer = http.post("/v1/rank", json=rest)
+        assert log_probs(answer) == pytest.approx(
+            offline(build_ranker(chat=False), request), abs=TOLERANCE
+        )
+        assert answer.json()["usage"]["cached_tokens"] > 0
+        refused = http.post("/v1/rank", json={**rest, "instruction": "The member is old."})
+        assert refused.json()["error"]["param"] == "instruction"
 
 
 def test_a_prefix_is_prepared_before_its_candidates() -> None:

@@ -10,9 +10,19 @@ from pydantic_core import from_json, to_jsonable_python
 
 from rankonce.serving.failures import answer_failure
 from rankonce.serving.models import Models
-from rankonce.serving.schemas import ChatBody, CompletionBody, RankBody, RerankBody, ScoreBody
+from rankonce.serving.schemas import (
+    ChatBody,
+    CompletionBody,
+    GenerativeScoringBody,
+    RankBody,
+    RerankBody,
+    ScoreBody,
+)
 
-ENDPOINTS = ("/v1/completions", "/v1/chat/completions", "/v1/rank", "/v1/score", "/v1/rerank")
+ENDPOINTS = (
+    *("/v1/completions", "/v1/chat/completions", "/v1/rank", "/v1/score", "/generative_scoring"),
+    "/v1/rerank",
+)
 
 # Whatever a line says of its priority: live questions are served first.
 _LAST = 1000
@@ -57,6 +67,9 @@ class Dispatcher:
             "/v1/chat/completions": _Endpoint(question=TypeAdapter(ChatBody), answer=models.chat),
             "/v1/rank": _Endpoint(question=TypeAdapter(RankBody), answer=models.rank),
             "/v1/score": _Endpoint(question=TypeAdapter(ScoreBody), answer=models.score),
+            "/generative_scoring": _Endpoint(
+                question=TypeAdapter(GenerativeScoringBody), answer=models.score_generatively
+            ),
             "/v1/rerank": _Endpoint(
                 question=TypeAdapter(RerankBody), answer=models.rerank, skips_none=True
             ),
