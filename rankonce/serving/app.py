@@ -238,17 +238,25 @@ def _add_scoring(app: FastAPI, models: Models) -> None:
 
 
 def _add_adapters(app: FastAPI, models: Models) -> None:
-    refusals = {**_REFUSALS, 403: {"model": ErrorAnswer, "description": "Not allowed here."}}
+    responses = {
+        **_REFUSALS,
+        200: {
+            "description": "Done.",
+            "content": {"text/plain": {"schema": {"type": "string"}}},
+        },
+        403: {"model": ErrorAnswer, "description": "Not allowed here."},
+    }
 
-    @app.post(LOAD_ADAPTER_PATH, responses=refusals, response_class=PlainTextResponse)
-    async def load_lora_adapter(body: LoadAdapterBody) -> str:
+    # With the class of plain text, refusals, which are JSON, would be described as such too.
+    @app.post(LOAD_ADAPTER_PATH, responses=responses, response_class=Response)
+    async def load_lora_adapter(body: LoadAdapterBody) -> PlainTextResponse:
         """Load an adapter over a model, in vLLM's form; the server must allow it."""
-        return await models.load_adapter(body)
+        return PlainTextResponse(await models.load_adapter(body))
 
-    @app.post(UNLOAD_ADAPTER_PATH, responses=refusals, response_class=PlainTextResponse)
-    async def unload_lora_adapter(body: UnloadAdapterBody) -> str:
+    @app.post(UNLOAD_ADAPTER_PATH, responses=responses, response_class=Response)
+    async def unload_lora_adapter(body: UnloadAdapterBody) -> PlainTextResponse:
         """Forget an adapter, in vLLM's form, when the questions that use it are answered."""
-        return await models.unload_adapter(body)
+        return PlainTextResponse(await models.unload_adapter(body))
 
 
 def open_listener(config: ServerConfig) -> socket.socket:
