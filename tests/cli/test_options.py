@@ -1,7 +1,6 @@
 """Options that several commands share."""
 
 import inspect
-import logging
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -125,23 +124,24 @@ def test_options_that_the_model_cannot_follow_exit_with_1(
 
 
 def test_serve_logs_once_how_the_model_runs(
-    run: Command, model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    run: Command, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from rankonce.serving import app
 
     rankers: list[Any] = []
 
-    def run_server(ranker: Any, _: Any, listener: Any) -> None:
+    def run_server(ranker: Any, _config: Any, listener: Any, _operations: Any) -> bool:
         listener.close()
         rankers.append(ranker)
+        return True
 
     monkeypatch.setattr(app, "run_server", run_server)
-    caplog.set_level(logging.NOTSET, "rankonce")
     acceleration._log_line.cache_clear()
     options = ("--precision", "fp8", "--keep", "*layers.0.*", "--device", "cpu", "--port", "0")
-    assert run("serve", "--model", model, *options).exit_code == 0
+    done = run("serve", "--model", model, *options)
+    assert done.exit_code == 0
     (ranker,) = rankers
     report = ranker.model.acceleration.report
     assert "9 of 13 products in FP8" in report[1]
-    logged = [record.getMessage() for record in caplog.records if "Llama" in record.getMessage()]
+    logged = [line.partition(": ")[2] for line in done.err.splitlines() if "Llama" in line]
     assert logged == [f"LlamaForCausalLM: {line}" for line in report]

@@ -167,7 +167,8 @@ def test_a_prefix_cached_under_one_adapter_is_never_read_under_another(
 def test_a_recorded_pass_of_one_adapter_is_never_replayed_for_another(
     base: Path, adapters: Mapping[str, Path]
 ) -> None:
-    ranker = Ranker.from_pretrained(base, device="cpu", adapters=adapters)
+    config = RankerConfig(prefix_cache_mb=0)
+    ranker = Ranker.from_pretrained(base, device="cpu", adapters=adapters, config=config)
     # Recording on a CPU: the work is run again over the same buffers, as a CUDA graph does, with
     # the adapter that was in use then.
     recorded: list[str | None] = []
@@ -188,7 +189,6 @@ def test_a_recorded_pass_of_one_adapter_is_never_replayed_for_another(
     ranker.scorer.runner = PassRunner(
         ranker.model.network, ranker.model.table_keys, max_graph_tokens=4096, capture=capture
     )
-    ranker.config = replace(ranker.config, prefix_cache_mb=0)
     plain = Ranker.from_pretrained(base, device="cpu", adapters=adapters)
     for name in (*ALL, *ALL):
         request = with_adapter(build_request(6), name)

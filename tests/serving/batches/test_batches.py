@@ -1,19 +1,20 @@
 """Batches over the server's endpoints, through OpenAI's own client."""
 
+import hashlib
 import json
 import time
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
-from fastapi import Request, Response
 from openai import OpenAI
 
 from rankonce.serving.app import create_app
 from rankonce.serving.batches.config import BatchConfig
 from rankonce.serving.engine import ServerConfig
+from rankonce.serving.keys import ApiKey, KeyRing
+from rankonce.serving.operations import OperationsConfig
 from tests.serving.batches.conftest import Keeper, keeping, line, wait_for_end
 from tests.serving.conftest import build_ranker, serving_app
 from tests.serving.test_failures import VALID, error_of
@@ -273,22 +274,20 @@ def test_live_questions_are_answered_while_a_batch_runs(tmp_path: Path) -> None:
         assert keeper.wait(batch.id).status == "completed"
 
 
-async def name_owner(
-    request: Request, answer: Callable[[Request], Awaitable[Response]]
-) -> Response:
-    request.state.owner = request.headers["authorization"].removeprefix("Bearer ")
-    return await answer(request)
-
-
 def test_owners_see_only_their_own(tmp_path: Path) -> None:
     config = ServerConfig(batches=BatchConfig(data_dir=tmp_path))
-    app = create_app(build_ranker(chat=False), config)
-    app.middleware("http")(name_owner)
-    with serving_app(app) as http:
+    secrets = {name: f"{name}-0123456789abcdef" for name in ("ann", "ben")}
+    keys = [
+        ApiKey(name=name, digest=hashlib.sha256(secret.encode()).digest())
+        for name, secret in secrets.items()
+    ]
+    operations = OperationsConfig(keys=KeyRing(keys), warm_up=False)
+    app = create_app(build_ranker(chat=False), config, operations)
+    with serving_app(app, operations) as http:
         url = f"{http.base_url}/v1"
         with (
-            OpenAI(base_url=url, api_key="ann", max_retries=0) as ann,
-            OpenAI(base_url=url, api_key="ben", max_retries=0) as ben,
+            OpenAI(base_url=url, api_key=secrets["ann"], max_retries=0) as ann,
+            OpenAI(base_url=url, api_key=secrets["ben"], max_retries=0) as ben,
         ):
             body = VALID["/v1/completions"]
             content = json.dumps(line("a", "/v1/completions", body)).encode()
