@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 from rankonce.serving.exchanges import Exchange, current_exchange
 
@@ -31,7 +31,7 @@ def configure_logs(log_format: LogFormat, *, log_bodies: bool = False) -> None:
     Args:
         log_bodies: show the messages of exceptions, which may quote what members wrote.
     """
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _StderrHandler()
     formatter = JsonFormatter if log_format == "json" else TextFormatter
     handler.setFormatter(formatter(show_messages=log_bodies))
     root = logging.getLogger()
@@ -55,6 +55,17 @@ def log_exchange(exchange: Exchange, *, status: int, seconds: float, client: str
     }
     known = {name: value for name, value in fields.items() if value is not None}
     access_logger.info("%s %s %d", exchange.method, exchange.route, status, extra=known)
+
+
+class _StderrHandler(logging.StreamHandler[TextIO]):
+    """Writes to what is stderr now: whoever puts another stream there may close it again."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        return sys.stderr
 
 
 class _Formatter(logging.Formatter):

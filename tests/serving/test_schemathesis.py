@@ -41,7 +41,10 @@ def test_every_answer_is_one_that_the_description_names(chatty: Served, mode: st
                 case = operation.Case(body=example, media_type="application/json")
                 statuses[case.call_and_validate(checks=CHECKS, timeout=60).status_code] += 1
         _ask(operation, schemathesis.GenerationMode(mode), statuses)
-    assert statuses[200 if mode == "positive" else 400] >= len(asked), statuses
+    # A model, a file or a batch by a name that was made up is not found, as it should be.
+    named = ("/v1/files", "/v1/batches", "/v1/models/")
+    answerable = [each for each in asked if not each.path.startswith(named)]
+    assert statuses[200 if mode == "positive" else 400] >= len(answerable), statuses
 
 
 def _ask(operation: Any, mode: schemathesis.GenerationMode, statuses: Counter[int]) -> None:
