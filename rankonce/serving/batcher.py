@@ -331,7 +331,9 @@ class Batcher:
         except Exception as error:  # whatever it is, it belongs to the question that caused it
             if len(turns) == 1:
                 return {turns[0][0]: error}
-            logger.warning("a pass of %d questions failed, each runs alone: %s", len(turns), error)
+            # Not the message: it may quote what a member wrote.
+            kind = type(error).__name__
+            logger.warning("a pass of %d questions failed, each runs alone: %s", len(turns), kind)
             return {
                 question: error
                 for turn in turns
