@@ -10,6 +10,7 @@ RankOnceError
 ├── ShapeError              a tensor handed to a kernel with another shape or dtype
 ├── DataError               rows of a dataset or the input of a metric
 ├── TrainingError           a recipe or a run that cannot go on
+├── ExperimentError         an experiment's file, or a folder that another experiment uses
 ├── OperationsError         a file of API keys, or an address that a server cannot report to
 ├── ServerError             what a server answered to our client instead of scores
 └── MissingDependencyError  a library that belongs to an extra
@@ -77,6 +78,10 @@ class ServerError(RankOnceError):
     ) -> None:
         super().__init__(message)
         self.status, self.code, self.param = status, code, param
+
+
+class ExperimentError(RankOnceError):
+    """An experiment that cannot be planned or go on."""
 
 
 class OperationsError(RankOnceError):

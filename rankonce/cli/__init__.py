@@ -18,6 +18,7 @@ from rankonce.cli.crossvalidate import crossvalidate
 from rankonce.cli.datasets import datasets
 from rankonce.cli.demo import demo
 from rankonce.cli.evaluate import evaluate
+from rankonce.cli.experiment import experiment
 from rankonce.cli.explain_prompt import explain_prompt
 from rankonce.cli.finetune import finetune
 from rankonce.cli.instruct import instruct
@@ -53,6 +54,7 @@ for command in (
     calibrate,
     suite,
     crossvalidate,
+    experiment,
 ):
     app.command()(command)
 app.add_typer(bench.app)

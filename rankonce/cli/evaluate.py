@@ -49,6 +49,13 @@ def evaluate(
         Path | None,
         typer.Option(dir_okay=False, help="Also draw calibration and AUC by history length."),
     ] = None,
+    scores: Annotated[
+        Path | None,
+        typer.Option(
+            dir_okay=False,
+            help="Also write every row of --data as Parquet: user_id, label, score (P(liked)).",
+        ),
+    ] = None,
     markdown: Annotated[bool, typer.Option(help="Tables in Markdown.")] = False,
     num_resamples: Annotated[
         int, typer.Option(min=2, help="Bootstrap samples of members for the standard errors.")
@@ -92,13 +99,20 @@ def evaluate(
     }
     if len(rankers) < 1 + len(also or ()):
         raise DataError(f"also: should hold folders of other names than {', '.join(rankers)}")
+    rows = read_rows(data)
     evaluation = evaluate_movies(
         rankers,
         train=read_rows(train),
         items=read_rows(items),
-        data=read_rows(data),
+        data=rows,
         num_resamples=num_resamples,
     )
+    if scores is not None:
+        from polars import Series
+
+        # Those of --model; --also has runs of its own.
+        score = Series("score", next(iter(evaluation.scores.values())))
+        rows.select("user_id", "label").with_columns(score).write_parquet(scores)
     if plot is not None:
         plot_evaluation(plot, evaluation.labels, evaluation.scores, evaluation.cold)
     tables = {
@@ -107,16 +121,16 @@ def evaluate(
         "differences": evaluation.differences,
     }
     if as_json:
-        parts = {name: json.loads(to_json(rows)) for name, rows in tables.items()}
+        parts = {name: json.loads(to_json(table)) for name, table in tables.items()}
         record = {**parts, "tokens": evaluation.tokens, "environment": describe_environment()}
         typer.echo(json.dumps(record, indent=2))
         return
     console = Console(width=160)
-    for rows in tables.values():
+    for table in tables.values():
         if markdown:
-            typer.echo(to_markdown(rows))
+            typer.echo(to_markdown(table))
         else:
-            console.print(render_table(rows))
+            console.print(render_table(table))
     saved = evaluation.tokens["separate_tokens"] / max(1, evaluation.tokens["computed_tokens"])
     typer.echo(
         f"{evaluation.tokens['computed_tokens']:,} tokens computed; one prompt per row would have "

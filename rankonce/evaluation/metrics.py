@@ -37,7 +37,7 @@ class Estimate:
     Attributes:
         value: on the rows as they are.
         standard_error: standard deviation over the resamples that define the metric.
-        low, high: the middle 95 % of them.
+        low, high: their middle, 95 % unless another share was asked for.
     """
 
     value: float
@@ -228,13 +228,19 @@ def _prepare(metric: str) -> Callable[[ArrayLike, ArrayLike, ArrayLike], Weighte
 
 
 def bootstrap(
-    weighted: WeightedMetric, members: ArrayLike, *, num_resamples: int = 200, seed: int = 0
+    weighted: WeightedMetric,
+    members: ArrayLike,
+    *,
+    num_resamples: int = 200,
+    seed: int = 0,
+    middle: float = 0.95,
 ) -> Estimate:
     """Estimate any function of the rows' weights, members drawn with replacement.
 
     Args:
         members: the member of each row.
         num_resamples, seed: as in ``bootstrap_over_members``.
+        middle: share of the resamples between ``low`` and ``high``.
     """
     if num_resamples < 2:
         raise DataError(f"num_resamples: should be at least 2, not {num_resamples}")
@@ -248,6 +254,6 @@ def bootstrap(
     resampled = resampled[~np.isnan(resampled)]
     if len(resampled) < 2:
         return Estimate(value=value, standard_error=np.nan, low=np.nan, high=np.nan)
-    low, high = np.quantile(resampled, [0.025, 0.975])
+    low, high = np.quantile(resampled, [(1 - middle) / 2, (1 + middle) / 2])
     error = float(resampled.std(ddof=1))
     return Estimate(value=value, standard_error=error, low=float(low), high=float(high))

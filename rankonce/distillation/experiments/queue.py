@@ -1,0 +1,232 @@
+"""Steps over the devices at hand: each once, after what it needs, a process of its own.
+
+OUT/steps/DIGEST/    out, what the step wrote; scores.parquet and stdout of a measure; log, what it
+                     said on stderr; step.json once it has finished
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+from rankonce.distillation.experiments.plan import Step
+from rankonce.environment import describe_environment
+from rankonce.errors import ExperimentError
+
+RANKONCE = (sys.executable, "-m", "rankonce.cli")
+# Of what a failed step said, so much is repeated.
+_LAST_LINES = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """Where one step at a time runs.
+
+    Attributes:
+        environment: variables of its processes.
+    """
+
+    name: str
+    environment: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a step ended.
+
+    Attributes:
+        failure: why, in a line; ``None`` if it finished.
+        seconds: of the attempt that finished.
+        was_known: it had finished in an earlier run of the experiment.
+        answer: the JSON that a measure printed.
+    """
+
+    step: Step
+    folder: Path
+    failure: str | None = None
+    seconds: float = 0.0
+    was_known: bool = False
+    answer: Any = None
+
+
+def find_devices(slots: int | None = None) -> list[Device]:
+    """Give a device for every GPU, or the processor in equal parts.
+
+    Args:
+        slots: parts of the processor; without it the GPUs, and without these one part.
+    """
+    import torch
+
+    if slots is None and (count := torch.cuda.device_count()):
+        return [
+            Device(name=f"cuda:{number}", environment={"CUDA_VISIBLE_DEVICES": str(number)})
+            for number in range(count)
+        ]
+    slots = slots or 1
+    threads = str(max(1, torch.get_num_threads() // slots))
+    return [
+        Device(name=f"cpu {number}", environment={"OMP_NUM_THREADS": threads})
+        for number in range(slots)
+    ]
+
+
+def run_steps(
+    steps: Mapping[str, Step],
+    out: Path,
+    devices: Sequence[Device],
+    *,
+    ended: Callable[[Outcome], None],
+    program: Sequence[str] = RANKONCE,
+) -> None:
+    """Run steps; what has finished before is not run again, and a failure stops only its users.
+
+    Args:
+        steps: by digest.
+        ended: is told of every step as it ends, from this thread.
+        program: what the commands are given to.
+
+    Raises:
+        ExperimentError: another process runs one of the steps.
+    """
+    free: SimpleQueue[Device] = SimpleQueue()
+    for device in devices:
+        free.put(device)
+
+    def attempt(step: Step) -> Outcome:
+        device = free.get()
+        try:
+            return _run(step, out, device, program)
+        finally:
+            free.put(device)
+
+    outcomes: dict[str, Outcome] = {}
+    waiting = dict(steps)
+    running: dict[Future[Outcome], str] = {}
+    with ThreadPoolExecutor(len(devices)) as pool:
+        while waiting or running:
+            for digest, step in list(waiting.items()):
+                known = [outcomes[need] for need in step.needs if need in outcomes]
+                failed = next((one for one in known if one.failure is not None), None)
+                if failed is not None:
+                    del waiting[digest]
+                    reason = failed.failure
+                    if not str(reason).startswith("needs "):
+                        reason = f"needs {failed.step.name}, which failed: {reason}"
+                    outcomes[digest] = Outcome(
+                        step=step, folder=_folder(out, digest), failure=reason
+                    )
+                    ended(outcomes[digest])
+                elif len(known) == len(step.needs):
+                    del waiting[digest]
+                    running[pool.submit(attempt, step)] = digest
+            done, _ = wait(running, return_when=FIRST_COMPLETED) if running else ((), ())
+            for future in done:
+                digest = running.pop(future)
+                outcomes[digest] = future.result()
+                ended(outcomes[digest])
+
+
+def _folder(out: Path, digest: str) -> Path:
+    return out / "steps" / digest
+
+
+def _run(step: Step, out: Path, device: Device, program: Sequence[str]) -> Outcome:
+    folder = _folder(out, step.digest)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder) as lock:
+        record = folder / "step.json"
+        if record.exists():
+            known = json.loads(record.read_text())
+            return Outcome(
+                step=step,
+                folder=folder,
+                seconds=known["seconds"],
+                was_known=True,
+                answer=_read_answer(folder) if step.kind == "measure" else None,
+            )
+        _clear(folder)
+        names = {need: str(_folder(out, need) / "out") for need in step.needs}
+        names |= {"out": str(folder / "out"), "scores": str(folder / "scores.parquet")}
+        command = [_fill(word, names) for word in step.command]
+        start = time.monotonic()
+        with (folder / "stdout").open("wb") as stdout, (folder / "log").open("ab") as log:
+            log.write(f"$ rankonce {' '.join(command)}\n".encode())
+            log.flush()
+            code = subprocess.run(
+                [*program, *command],
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=log,
+                env={**os.environ, **device.environment},
+                # If we are killed and the step lives on, nobody else may take its folder.
+                pass_fds=[lock],
+                check=False,
+            ).returncode
+        seconds = time.monotonic() - start
+        if code:
+            return Outcome(step=step, folder=folder, failure=_describe(code, folder))
+        answer = None
+        if step.kind == "measure":
+            try:
+                answer = _read_answer(folder)
+            except ValueError as error:
+                return Outcome(step=step, folder=folder, failure=f"printed no JSON: {error}")
+        finished = {
+            "name": step.name,
+            "command": ["rankonce", *command],
+            "device": device.name,
+            "seconds": round(seconds, 3),
+            "environment": describe_environment(),
+        }
+        part = record.with_suffix(".part")
+        part.write_text(json.dumps(finished, indent=2) + "\n")
+        part.replace(record)
+        return Outcome(step=step, folder=folder, seconds=seconds, answer=answer)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[int]:
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ExperimentError(
+                f"{folder}: another process runs this step; wait for it or stop it"
+            ) from error
+        yield lock.fileno()
+
+
+def _clear(folder: Path) -> None:
+    """Remove what an attempt left that no command goes on from."""
+    out = folder / "out"
+    # Training runs resume; whatever else was cut off begins again.
+    if out.is_dir() and not (out / "run.json").exists():
+        shutil.rmtree(out)
+    (folder / "scores.parquet").unlink(missing_ok=True)
+
+
+def _fill(word: str, names: Mapping[str, str]) -> str:
+    for name, value in names.items():
+        word = word.replace(f"{{{name}}}", value)
+    return word
+
+
+def _read_answer(folder: Path) -> Any:
+    return json.loads((folder / "stdout").read_text(encoding="utf-8"))
+
+
+def _describe(code: int, folder: Path) -> str:
+    text = (folder / "log").read_text(encoding="utf-8", errors="replace")
+    last = " ".join(line.strip() for line in text.splitlines()[-_LAST_LINES:])
+    how = f"was killed by signal {-code}" if code < 0 else f"exited with {code}"
+    return f"{how}: {last} (see {folder / 'log'})"

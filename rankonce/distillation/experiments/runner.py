@@ -1,0 +1,191 @@
+"""An experiment from its file to its tables, comparisons and pictures.
+
+OUT/experiment.json   the file as it was before the first step, with its rules
+OUT/results.parquet   a row a run; OUT/results.xlsx the same, for people
+OUT/report.json       comparisons and verdicts; OUT/NAME.png the pictures
+OUT/steps/            see ``queue``
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rankonce.distillation.experiments.comparison import (
+    Comparison,
+    Verdict,
+    compare_runs,
+    judge,
+)
+from rankonce.distillation.experiments.plan import Experiment, Plan, Run
+from rankonce.distillation.experiments.plots import draw_plot
+from rankonce.distillation.experiments.queue import RANKONCE, Device, Outcome, run_steps
+from rankonce.distillation.experiments.table import read_path, write_excel, write_parquet
+from rankonce.distillation.experiments.tracking import Tracker
+from rankonce.environment import describe_environment
+from rankonce.errors import ExperimentError
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What an experiment found.
+
+    Attributes:
+        rows: one a run: id, run, the grid's settings, the columns, seconds, commit, failure.
+        comparisons: of every other run with the baseline.
+        verdicts: one a rule.
+    """
+
+    rows: Sequence[Row]
+    comparisons: Sequence[Comparison]
+    verdicts: Sequence[Verdict]
+
+    @property
+    def failures(self) -> list[Row]:
+        """The runs that did not finish."""
+        return [row for row in self.rows if row["failure"] is not None]
+
+
+def run_experiment(
+    plan: Plan,
+    out: Path,
+    devices: Sequence[Device],
+    *,
+    tracker: Tracker | None = None,
+    ended: Callable[[Outcome], None] = lambda _: None,
+    program: Sequence[str] = RANKONCE,
+) -> Report:
+    """Run what has not been run; write a row as soon as a run's last measure has ended.
+
+    Args:
+        ended: is told of every step as it ends.
+        program: what the steps' commands are given to.
+
+    Raises:
+        ExperimentError: the folder belongs to another experiment, or a file cannot be written.
+    """
+    experiment = plan.experiment
+    _claim(out, experiment)
+    outcomes: dict[str, Outcome] = {}
+    rows: dict[str, Row] = {}
+
+    def note(outcome: Outcome) -> None:
+        outcomes[outcome.step.digest] = outcome
+        ended(outcome)
+        for run in plan.runs:
+            if run.id not in rows and all(one in outcomes for one in run.measures.values()):
+                rows[run.id] = _make_row(run, plan, outcomes)
+                write_parquet(out / "results.parquet", list(rows.values()))
+                write_excel(out / "results.xlsx", rows[run.id])
+                if tracker is not None:
+                    tracker.log(rows[run.id], variables=run.variables)
+
+    run_steps(plan.steps, out, devices, ended=note, program=program)
+    ordered = [rows[run.id] for run in plan.runs]
+    finished = [row for row in ordered if row["failure"] is None]
+    for plot in experiment.plots:
+        if finished:
+            draw_plot(out / f"{plot.name}.png", plot, finished)
+    comparisons, verdicts = _compare(plan, outcomes)
+    report = Report(rows=ordered, comparisons=comparisons, verdicts=verdicts)
+    _write_json(out / "report.json", {**asdict(report), "environment": describe_environment()})
+    return report
+
+
+def _claim(out: Path, experiment: Experiment) -> None:
+    """Write the file down before anything runs; rules may not change once there are results."""
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "experiment.json"
+    content = experiment.model_dump(mode="json")
+    if path.exists() and (out / "results.parquet").exists():
+        before = json.loads(path.read_text())
+        if before["name"] != experiment.name:
+            raise ExperimentError(
+                f"out: {out} belongs to the experiment {before['name']!r}, this is "
+                f"{experiment.name!r}"
+            )
+        if before["rules"] != content["rules"]:
+            raise ExperimentError(
+                f"rules: should be what they were before the first result ({path}); new rules need "
+                "a new folder"
+            )
+    _write_json(path, content)
+
+
+def _make_row(run: Run, plan: Plan, outcomes: Mapping[str, Outcome]) -> Row:
+    measured = {name: outcomes[digest] for name, digest in run.measures.items()}
+    failure = next((one.failure for one in measured.values() if one.failure is not None), None)
+    columns: dict[str, Any] = {}
+    for name, path in plan.experiment.columns.items():
+        measure, _, rest = path.partition(".")
+        if measured[measure].failure is None:
+            try:
+                columns[name] = read_path(measured[measure].answer, rest)
+            except ExperimentError as error:
+                failure = failure or str(error)
+    needed = _closure(plan, run)
+    return {
+        "id": run.id,
+        "run": run.name,
+        **run.settings,
+        **columns,
+        # Of all steps that the run needed, whichever run they were made for.
+        "seconds": round(sum(outcomes[one].seconds for one in needed), 1),
+        "commit": str(describe_environment()["commit"]),
+        "failure": failure,
+    }
+
+
+def _closure(plan: Plan, run: Run) -> set[str]:
+    found: set[str] = set()
+    open_ = list(run.measures.values())
+    while open_:
+        digest = open_.pop()
+        if digest not in found:
+            found.add(digest)
+            open_ += plan.steps[digest].needs
+    return found
+
+
+def _compare(plan: Plan, outcomes: Mapping[str, Outcome]) -> tuple[list[Comparison], list[Verdict]]:
+    experiment = plan.experiment
+    if experiment.compare is None:
+        return [], []
+    scores: dict[tuple[str, str], Path] = {}
+    for run in plan.runs:
+        outcome = outcomes[run.measures[experiment.compare]]
+        path = outcome.folder / "scores.parquet"
+        if outcome.failure is None and not path.exists():
+            raise ExperimentError(
+                f"compare: {experiment.compare} should write {{scores}}; {path} is missing"
+            )
+        if outcome.failure is None:
+            settings = ", ".join(f"{key}={value}" for key, value in run.settings.items())
+            scores[run.name, settings] = path
+    others = [str(run["name"]) for run in experiment.runs if run["name"] != experiment.baseline]
+    comparisons = [
+        one
+        for name in others
+        if experiment.baseline is not None
+        for one in compare_runs(name, experiment.baseline, scores, metric="auc")
+    ]
+    num_settings = len({tuple(run.settings.items()) for run in plan.runs})
+    verdicts = [
+        judge(
+            rule,
+            compare_runs(rule.run, rule.against, scores, metric=rule.metric),
+            num_settings=num_settings,
+        )
+        for rule in experiment.rules
+    ]
+    return comparisons, verdicts
+
+
+def _write_json(path: Path, content: Any) -> None:
+    text = json.dumps(content, indent=2, default=lambda value: value.model_dump(mode="json"))
+    part = path.with_suffix(".part")
+    part.write_text(text + "\n", encoding="utf-8")
+    part.replace(path)
