@@ -84,7 +84,7 @@ def cut_vocabulary(tokenizer: Any, used: Iterable[int]) -> CutVocabulary:
 
 
 def _is_ground(text: str, model: Mapping[str, Any]) -> bool:
-    """Whether texts may fall back on this token: a letter, which may stand for a byte, or a byte."""
+    """Whether texts may fall back on this token: a letter, as bytes are in most, or a byte."""
     is_byte = len(text) == 6 and text.startswith("<0x") and text.endswith(">")
     return len(text) == 1 or is_byte or text == model.get("unk_token")
 

@@ -227,7 +227,7 @@ def test_bad_input_names_the_field(save: Callable[[str], Path], tmp_path: Path) 
         )
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes").touch()
-    with pytest.raises(TrainingError, match="out: .*full holds something already"):
+    with pytest.raises(TrainingError, match=r"out: .*full holds something already"):
         prune_checkpoint(folder, tmp_path / "full", PruneConfig(keep=0.5), EXAMPLES)
     with pytest.raises(ModelError, match="mixtral has experts"):
         prune_checkpoint(save("mixtral"), tmp_path / "out", PruneConfig(keep=0.5), EXAMPLES)
