@@ -83,7 +83,7 @@ def measure_rungs(
             # The first round loads libraries and fills caches of the processor.
             if number:
                 times[place].append(taken)
-    rungs = [
+    rungs: list[dict[str, Any]] = [
         {
             "model": str(folder),
             **_weigh(ranker),
