@@ -24,6 +24,7 @@ from rankonce.cli.finetune import finetune
 from rankonce.cli.instruct import instruct
 from rankonce.cli.merge import merge
 from rankonce.cli.pretrain import pretrain
+from rankonce.cli.prune import prune
 from rankonce.cli.score import score
 from rankonce.cli.serve import serve
 from rankonce.cli.suite import suite
@@ -50,6 +51,7 @@ for command in (
     instruct,
     finetune,
     merge,
+    prune,
     evaluate,
     calibrate,
     suite,

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from rankonce.cli.bench_distillation import pruning, rungs
 from rankonce.cli.bench_serving import serve, soak
 from rankonce.cli.options import quiet_transformers
 
@@ -15,6 +16,8 @@ app = typer.Typer(
 )
 app.command()(serve)
 app.command()(soak)
+app.command()(rungs)
+app.command()(pruning)
 
 SmallOption = Annotated[bool, typer.Option("--small", help="Toy shapes, for a look on a CPU.")]
 DeviceOption = Annotated[

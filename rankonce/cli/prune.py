@@ -1,0 +1,109 @@
+"""``rankonce prune``: a checkpoint of smaller sizes that loads as any other."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rankonce.cli.options import TaskFileOption, quiet_transformers
+
+
+class Measure(StrEnum):
+    """The names of ``rankonce.distillation.importance.IMPORTANCES``, which imports torch."""
+
+    ACTIVATION = "activation"
+    TAYLOR = "taylor"
+    RANDOM = "random"
+
+
+_ROWS = {
+    "parameters": "parameters",
+    "num_hidden_layers": "layers",
+    "intermediate_size": "MLP neurons of a layer",
+    "num_attention_heads": "query heads",
+    "num_key_value_heads": "key/value heads",
+    "hidden_size": "hidden size",
+    "vocab_size": "vocabulary",
+    "flop_per_token": "FLOP a token, layers",
+}
+
+
+def prune(
+    model: Annotated[str, typer.Argument(metavar="FOLDER|ID", help="Checkpoint to prune.")],
+    data: Annotated[
+        list[Path],
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="JSON lines of requests, with labels, to calibrate with; may be repeated.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(file_okay=False, help="Folder of the smaller checkpoint.")],
+    keep: Annotated[
+        float | None, typer.Option(help="Share of the parameters to keep, such as 0.67.")
+    ] = None,
+    layers: Annotated[int | None, typer.Option(help="Layers to keep.")] = None,
+    intermediate_size: Annotated[
+        int | None, typer.Option(help="MLP neurons to keep in every layer.")
+    ] = None,
+    kv_heads: Annotated[
+        int | None, typer.Option(help="Key/value heads to keep, with their query heads.")
+    ] = None,
+    hidden_size: Annotated[int | None, typer.Option(help="Embedding width to keep.")] = None,
+    drop_unused_vocabulary: Annotated[
+        bool,
+        typer.Option("--drop-unused-vocabulary", help="Cut tokens that no prompt of --data has."),
+    ] = False,
+    importance: Annotated[
+        Measure, typer.Option(help="What says which parts stay.")
+    ] = Measure.ACTIVATION,
+    reconstruct: Annotated[
+        bool,
+        typer.Option(
+            "--reconstruct",
+            help="Choose heads and neurons by least squares and fit what stays anew.",
+        ),
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of the calibration examples drawn.")] = 0,
+    task_file: TaskFileOption = None,
+) -> None:
+    """Cut layers, heads, neurons, channels and vocabulary rows; the same width in every layer.
+
+    rankonce prune runs/teacher --data calibration.jsonl --out pruned --keep 0.67
+    """
+    from rich.console import Console
+
+    from rankonce.distillation.pruning import PruneConfig, prune_checkpoint
+    from rankonce.prompts.tasks import load_task
+    from rankonce.training.data import read_examples
+
+    quiet_transformers()
+    config = PruneConfig(
+        keep=keep,
+        num_hidden_layers=layers,
+        intermediate_size=intermediate_size,
+        num_key_value_heads=kv_heads,
+        hidden_size=hidden_size,
+        drop_unused_vocabulary=drop_unused_vocabulary,
+        importance=importance.value,
+        reconstruct=reconstruct,
+        seed=seed,
+    )
+    tasks = [load_task(path) for path in task_file or ()]
+    examples = [example for path in data for example in read_examples(path)]
+    record = prune_checkpoint(model, out, config, examples, tasks=tasks)
+    Console(width=100).print(_table(record))
+    typer.echo(f"model: {out}", err=True)
+
+
+def _table(record: Any) -> Any:
+    from rich.table import Table
+
+    table = Table("")
+    for name in ("before", "after", "kept"):
+        table.add_column(name, justify="right")
+    for key, title in _ROWS.items():
+        before, after = record["before"][key], record["after"][key]
+        table.add_row(title, f"{before:,.0f}", f"{after:,.0f}", f"{after / before:.1%}")
+    return table

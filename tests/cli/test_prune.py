@@ -1,0 +1,102 @@
+"""``rankonce prune`` and ``rankonce bench rungs``, from a file of examples to tables."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rankonce import ranker as ranker_module
+from rankonce.model.loading import load_model
+from tests.conftest import build_network, build_tokenizer
+from tests.training.test_loop import write_examples
+
+
+@pytest.fixture(autouse=True)
+def _load_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The cache of this folder's tests would give back a network without its acceleration.
+    monkeypatch.setattr(ranker_module, "load_model", load_model)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("prune") / "whole"
+    build_network("qwen3").save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_a_share_of_the_parameters_is_kept_and_a_table_printed(
+    run: Callable[..., Any], whole: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "examples.jsonl"
+    write_examples(data, 6)
+    done = run("prune", whole, "--data", data, "--out", tmp_path / "out", "--keep", "0.67")
+    assert done.exit_code == 0, done.err
+    record = json.loads((tmp_path / "out" / "pruning.json").read_text())
+    before, after = record["before"]["parameters"], record["after"]["parameters"]
+    assert 0.62 * before < after <= 0.67 * before
+    (line,) = (line for line in done.out.splitlines() if "parameters" in line)
+    assert f"{before:,}" in line
+    assert f"{after:,}" in line
+    assert f"{after / before:.1%}" in line
+    assert done.err.splitlines()[-1] == f"model: {tmp_path / 'out'}"
+
+
+def test_all_options_reach_the_record(run: Callable[..., Any], whole: Path, tmp_path: Path) -> None:
+    data = tmp_path / "examples.jsonl"
+    write_examples(data, 4)
+    done = run(
+        *("prune", whole, "--data", data, "--out", tmp_path / "out", "--layers", "2"),
+        *("--intermediate-size", "61", "--kv-heads", "1", "--hidden-size", "40", "--seed", "3"),
+        *("--drop-unused-vocabulary", "--importance", "taylor", "--reconstruct"),
+    )
+    assert done.exit_code == 0, done.err
+    config = json.loads((tmp_path / "out" / "pruning.json").read_text())["config"]
+    assert config == {
+        "keep": None,
+        "num_hidden_layers": 2,
+        "intermediate_size": 61,
+        "num_key_value_heads": 1,
+        "hidden_size": 40,
+        "drop_unused_vocabulary": True,
+        "importance": "taylor",
+        "reconstruct": True,
+        "seed": 3,
+    }
+
+
+def test_what_cannot_be_pruned_is_refused(
+    run: Callable[..., Any], whole: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "examples.jsonl"
+    write_examples(data, 2)
+    command = ("prune", whole, "--data", data, "--out", tmp_path / "out")
+    assert "keep: should be given" in run(*command).err
+    assert "num_key_value_heads: should be from 1 to 2" in run(*command, "--kv-heads", "5").err
+    assert run(*command, "--importance", "size").exit_code == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_rungs_are_measured_side_by_side(
+    run: Callable[..., Any], whole: Path, tmp_path: Path
+) -> None:
+    data, small = tmp_path / "examples.jsonl", tmp_path / "small"
+    write_examples(data, 4)
+    done = run("prune", whole, "--data", data, "--out", small, "--intermediate-size", "24")
+    assert done.exit_code == 0, done.err
+    done = run("bench", "rungs", whole, small, "--data", data, "--rounds", "2", "--json")
+    assert done.exit_code == 0, done.err
+    record = json.loads(done.out)
+    first, second = record["rungs"]
+    assert first["ratios"]["latency_ms"] == 1
+    # Three layers with three projections of 72 neurons less, in FP32.
+    assert first["parameters"] - second["parameters"] == 3 * 3 * 72 * 48
+    assert first["weights_mb"] == pytest.approx(first["parameters"] * 4 / 1e6)
+    assert second["ratios"]["parameters"] == second["parameters"] / first["parameters"]
+    for rung in record["rungs"]:
+        assert rung["peak_memory_mb"] > rung["weights_mb"]
+        assert rung["tokens_per_s"] > rung["candidates_per_s"] > 0
+        (quality,) = rung["quality"].values()
+        assert quality["labels"] > 0
