@@ -27,6 +27,7 @@ from rankonce.cli.pretrain import pretrain
 from rankonce.cli.prune import prune
 from rankonce.cli.score import score
 from rankonce.cli.serve import serve
+from rankonce.cli.simulate import simulate
 from rankonce.cli.suite import suite
 from rankonce.cli.tasks import tasks
 from rankonce.cli.train import train
@@ -45,6 +46,7 @@ for command in (
     explain_prompt,
     tasks,
     datasets,
+    simulate,
     serve,
     train,
     pretrain,

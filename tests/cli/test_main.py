@@ -38,6 +38,9 @@ def test_without_a_command_help_is_shown(run: Command) -> None:
         "train",
         "pretrain",
         "evaluate",
+        "simulate",
+        "experiment",
+        "prune",
         "bench",
     ],
 )

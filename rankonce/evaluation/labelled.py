@@ -1,0 +1,157 @@
+"""Metrics of rankers side by side on labelled requests of any task."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+
+from rankonce.errors import DataError
+from rankonce.evaluation.metrics import (
+    bootstrap_over_members,
+    distinct_score_ratio,
+    paired_bootstrap_over_members,
+)
+from rankonce.evaluation.report import EvaluationRow
+from rankonce.prompts.tasks import Task
+from rankonce.ranker import Ranker
+from rankonce.records import TrainingExample
+
+# Of tasks that rank by one label, and of those that rank by grades.
+_BY_LABEL = (
+    "auc",
+    "uauc",
+    "ndcg@10",
+    "log_loss",
+    "normalised_entropy",
+    "expected_calibration_error",
+)
+_BY_GRADE = ("ndcg@10",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledEvaluation:
+    """Rankers side by side on the same candidates.
+
+    Attributes:
+        rows: one for every ranker and task; standard errors over requests.
+        differences: for every task the first ranker's AUC (NDCG@10 where grades rank) minus that
+            of each other one, paired.
+        tokens: what the first ranker read, and what one prompt per candidate would have cost.
+        scores: task, user_id (the request's number), label and score of the first ranker: what
+            ranks, 0 or 1 and P(label), or the grade and the expected one.
+    """
+
+    rows: Sequence[EvaluationRow]
+    differences: Sequence[EvaluationRow]
+    tokens: Mapping[str, int]
+    scores: pl.DataFrame
+
+
+def evaluate_examples(
+    rankers: Mapping[str, Ranker],
+    examples: Sequence[TrainingExample],
+    *,
+    num_resamples: int = 200,
+) -> LabelledEvaluation:
+    """Score labelled requests with one ranker or several.
+
+    Args:
+        rankers: by name, one at least.
+        examples: with hard labels; candidates without a label or with a soft one are left out.
+
+    Raises:
+        DataError: no candidate has a hard label, or a label is none of its task.
+    """
+    requests = [example.request for example in examples]
+    tables: dict[str, pl.DataFrame] = {}
+    tokens = {"computed_tokens": 0, "separate_tokens": 0}
+    for name, ranker in rankers.items():
+        values: list[dict[str, object]] = []
+        for number, (example, result) in enumerate(
+            zip(examples, ranker.score_many(requests), strict=True)
+        ):
+            if not tables:
+                tokens["computed_tokens"] += result.usage.computed_tokens
+                tokens["separate_tokens"] += result.usage.separate_tokens
+            worth = _worth(ranker.tasks[example.request.task])
+            for label, candidate in zip(example.labels, result.candidates, strict=True):
+                if not isinstance(label, str):
+                    continue
+                if label not in worth:
+                    raise DataError(
+                        f"labels: request {number + 1} should have {', '.join(worth)} or null, "
+                        f"has {label!r}"
+                    )
+                shares = np.exp([candidate.log_probs[one] for one in worth])
+                values.append(
+                    {
+                        "task": example.request.task,
+                        "user_id": number,
+                        "label": worth[label],
+                        "score": float(shares @ list(worth.values())),
+                    }
+                )
+        tables[name] = pl.DataFrame(values)
+    first = next(iter(tables.values()))
+    if not first.height:
+        raise DataError("labels: should be hard for one candidate at least")
+    rows, differences = [], []
+    for task in first["task"].unique(maintain_order=True):
+        parts = {
+            name: table.filter(pl.col("task") == task).drop("task")
+            for name, table in tables.items()
+        }
+        metrics = _metrics_of(next(iter(rankers.values())).tasks[task])
+        for name, part in parts.items():
+            rows.append(_measure(f"{name}, {task}", part, metrics, num_resamples))
+        (name, part), *others = parts.items()
+        for other, table in others:
+            estimate = paired_bootstrap_over_members(
+                metrics[0],
+                part["label"],
+                part["score"],
+                table["score"],
+                part["user_id"],
+                num_resamples=num_resamples,
+            )
+            differences.append(
+                EvaluationRow(
+                    name=f"{task}: {metrics[0]} of {name} against {other}",
+                    metrics={
+                        "difference": estimate.value, "low": estimate.low, "high": estimate.high,
+                    },
+                    standard_errors={"difference": estimate.standard_error},
+                )
+            )  # fmt: skip
+    return LabelledEvaluation(rows=rows, differences=differences, tokens=tokens, scores=first)
+
+
+def _worth(task: Task) -> dict[str, float]:
+    if task.ranking.kind == "expected_grade":
+        return {label.name: label.grade or 0.0 for label in task.labels}
+    return {label.name: float(label.name == task.ranking.label) for label in task.labels}
+
+
+def _metrics_of(task: Task) -> tuple[str, ...]:
+    return _BY_GRADE if task.ranking.kind == "expected_grade" else _BY_LABEL
+
+
+def _measure(
+    name: str, part: pl.DataFrame, metrics: Sequence[str], num_resamples: int
+) -> EvaluationRow:
+    estimates = {
+        metric: bootstrap_over_members(
+            metric, part["label"], part["score"], part["user_id"], num_resamples=num_resamples
+        )
+        for metric in metrics
+    }
+    return EvaluationRow(
+        name=name,
+        metrics={
+            **{metric: estimate.value for metric, estimate in estimates.items()},
+            "distinct_score_ratio": distinct_score_ratio(part["score"]),
+            "candidates": float(part.height),
+        },
+        standard_errors={m: estimate.standard_error for m, estimate in estimates.items()},
+    )

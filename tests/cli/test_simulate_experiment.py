@@ -1,0 +1,150 @@
+"""``rankonce simulate``, ``evaluate --examples`` and ``experiment``, from nothing to verdicts."""
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import yaml
+
+from rankonce.evaluation.metrics import auc
+from rankonce.ranker import Ranker
+from rankonce.training.data import read_examples
+from tests.cli.conftest import Run
+
+Command = Callable[..., Run]
+TASK = "song-newcomer"
+
+
+@pytest.fixture(scope="module")
+def songs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("songs")
+
+
+def simulate(run: Command, path: Path, part: str, *arguments: str) -> list[dict[str, object]]:
+    done = run(
+        "simulate", TASK, "--requests", 400, "--part", part, "--out", path, *arguments
+    )  # fmt: skip
+    assert (done.exit_code, done.out) == (0, ""), done.err
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_simulated_requests_are_cut_by_time_and_always_the_same(
+    run: Command, tmp_path: Path
+) -> None:
+    parts = {name: simulate(run, tmp_path / name, name) for name in ("train", "valid", "test")}
+    assert sum(map(len, parts.values())) == 400
+    times = {name: [float(str(row["time"])) for row in rows] for name, rows in parts.items()}
+    assert max(times["train"]) < min(times["valid"])
+    assert max(times["valid"]) < min(times["test"])
+    assert len(parts["train"]) > 200
+    assert simulate(run, tmp_path / "again", "test") == parts["test"]
+    bare = simulate(run, tmp_path / "bare", "test", "--labels", "none")
+    assert {label for row in bare for label in row["labels"]} == {None}  # type: ignore[attr-defined]
+    true = simulate(run, tmp_path / "true", "test", "--labels", "truth")
+    drawn = np.array([[label == "Yes" for label in row["labels"]] for row in parts["test"]])  # type: ignore[attr-defined]
+    truth = np.array([[label["Yes"] for label in row["labels"]] for row in true])  # type: ignore[attr-defined]
+    # Labels are drawn from the truth: it predicts them, and its mean is theirs.
+    assert auc(drawn.ravel(), truth.ravel()) > 0.7
+    assert truth.mean() == pytest.approx(drawn.mean(), abs=4 * 0.5 / drawn.size**0.5)
+
+
+def test_a_task_without_a_simulator_is_refused(run: Command, tmp_path: Path) -> None:
+    done = run("simulate", "movie-like", "--out", tmp_path / "x")
+    assert done.exit_code == 1
+    assert "task: should be one of job-apply" in done.err
+
+
+def test_requests_of_any_task_are_measured_with_the_scores_of_every_candidate(
+    run: Command, model: Path, tmp_path: Path
+) -> None:
+    simulate(run, tmp_path / "test.jsonl", "test")
+    scores = tmp_path / "scores.parquet"
+    given = ("--model", model, "--examples", tmp_path / "test.jsonl", "--num-resamples", 20)
+    done = run("evaluate", *given, "--json", "--scores", scores)
+    assert done.exit_code == 0, done.err
+    record = json.loads(done.out)
+    (row,) = record["metrics"]
+    table = pl.read_parquet(scores)
+    examples = read_examples(tmp_path / "test.jsonl")
+    values = [
+        np.exp(candidate.log_probs["Yes"])
+        for example in examples
+        for candidate in Ranker.from_pretrained(model).score(example.request).candidates
+    ]
+    labels = [label == "Yes" for example in examples for label in example.labels]
+    np.testing.assert_allclose(table["score"], values, atol=1e-5)
+    assert table["label"].to_list() == labels
+    assert row["metrics"]["auc"] == pytest.approx(auc(labels, values), abs=1e-4)
+    assert row["metrics"]["candidates"] == len(labels)
+    assert Counter(table["user_id"].to_list()) == Counter(
+        number for number, example in enumerate(examples) for _ in example.labels
+    )
+    assert record["tokens"]["separate_tokens"] > record["tokens"]["computed_tokens"] > 0
+
+    twin = tmp_path / "twin"
+    twin.symlink_to(model)
+    both = json.loads(run("evaluate", *given, "--also", twin, "--json").out)
+    (difference,) = both["differences"]
+    assert difference["name"] == f"{TASK}: auc of {model.name} against twin"
+    assert set(difference["metrics"].values()) == {0.0}
+
+
+def test_evaluate_wants_tables_or_examples(run: Command, tmp_path: Path) -> None:
+    simulate(run, tmp_path / "test.jsonl", "test")
+    assert "--train, --items and --data are needed together" in run("evaluate").err
+    both = run("evaluate", "--examples", tmp_path / "test.jsonl", "--plot", tmp_path / "x.png")
+    assert (both.exit_code, "is instead of tables" in both.err) == (2, True)
+    simulate(run, tmp_path / "none.jsonl", "test", "--labels", "none")
+    done = run("evaluate", "--examples", tmp_path / "none.jsonl")
+    assert (done.exit_code, done.err) == (
+        1,
+        "error: labels: should be hard for one candidate at least\n",
+    )
+
+
+def test_an_experiment_trains_prunes_and_judges(run: Command, tmp_path: Path) -> None:
+    simulate(run, tmp_path / "train.jsonl", "train")
+    simulate(run, tmp_path / "test.jsonl", "test")
+    file = tmp_path / "half.yaml"
+    content = {
+        "name": "half",
+        "inputs": {"train": "train.jsonl", "test": "test.jsonl"},
+        "variables": {"keep": 0.8, "model": "{small}"},
+        "steps": {
+            "teacher": "finetune --data {train} --size 0.07m --epochs 1 --out {out}",
+            "small": "prune {teacher} --data {test} --keep {keep} --out {out}",
+        },
+        "measures": {
+            "quality": "evaluate --model {model} --examples {test} --json --scores {scores}"
+        },
+        "columns": {"auc": "quality.metrics.0.metrics.auc"},
+        "runs": [{"name": "teacher", "model": "{teacher}"}, {"name": "small"}],
+        "compare": "quality",
+        "baseline": "teacher",
+        "rules": [{"name": "as good", "run": "small", "against": "teacher", "within": 0.5}],
+        "plots": [{"name": "quality", "x": "seconds", "y": "auc"}],
+    }
+    file.write_text(yaml.safe_dump(content))
+    out = tmp_path / "out"
+    planned = run("experiment", file, "--out", out, "--dry-run")
+    assert planned.exit_code == 0, planned.err
+    assert [line.split()[3] for line in planned.out.splitlines()] == [
+        "teacher:", "quality:", "small:", "quality:",
+    ]  # fmt: skip
+    done = run("experiment", file, "--out", out)
+    assert done.exit_code == 0, done.err
+    assert "as good (within ±0.5): holds" in done.out
+    table = pl.read_parquet(out / "results.parquet")
+    assert table["run"].to_list() == ["teacher", "small"]
+    assert table["auc"].is_between(0.3, 1).all()
+    report = json.loads((out / "report.json").read_text())
+    difference = report["comparisons"][0]["estimate"]["value"]
+    assert difference == pytest.approx(table["auc"][1] - table["auc"][0], abs=1e-9)
+    again = run("experiment", file, "--out", out, "--set", "keep=2")
+    assert again.exit_code == 1
+    assert "failed: small" in again.err
+    assert "keep: should" in again.err
