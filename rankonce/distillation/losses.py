@@ -1,7 +1,7 @@
 """What a student may lower to become like its teacher: one function each in one table.
 
-A loss sees what student and teacher say of R score rows of whole slates and returns a sum that is on
-the scale of one number a row, as those of ``training.losses``. Divergences take a temperature t:
+A loss sees what student and teacher say of R score rows of whole slates and returns a sum on the
+scale of one number a row, as those of ``training.losses``. Divergences take a temperature t:
 both distributions are raised to the power 1/t and normalised again, and the loss is multiplied by
 t², which keeps gradients as large as they were (Hinton et al. 2015).
 """

@@ -1,4 +1,4 @@
-"""Stages that learn from a teacher: another stage's examples with the teacher's scores beside them."""
+"""Stages that learn from a teacher: another stage's examples with its scores beside them."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -78,6 +78,17 @@ class Distillation:
         if self.teacher is not None:
             self.teacher.close()
         return replace(taught, open=opens)
+
+    def describe_cost(self) -> list[str]:
+        """Say what the teacher's scores took, in this run and in all."""
+        if self.teacher is None or self.store is None or not self.config.rule.takes_teacher:
+            return []
+        whole = self.store.cost(self.teacher.fingerprint)
+        return [
+            f"teacher: {cost.num_calls:,} calls for {cost.num_candidates:,} candidates, "
+            f"{cost.num_tokens:,} tokens, {cost.seconds:,.0f} s {when}"
+            for cost, when in ((self.cost, "in this run"), (whole, "for all that is stored"))
+        ]
 
     def _open_with(self, source: StageSource) -> Callable[[Renderer], TrainingData]:
         """Complete the objective when the student's tokenizer is known."""

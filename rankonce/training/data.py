@@ -211,9 +211,11 @@ def _tokenize(example: TrainingExample, renderer: Renderer, task: Task) -> Token
             for label in task.labels
         ),
         ranking=task.ranking.kind,
-        teacher=example.teacher
-        and tuple(
-            said and tuple(said[name] for name in task.label_names) for said in example.teacher
+        teacher=None
+        if example.teacher is None
+        else tuple(
+            None if said is None else tuple(said[name] for name in task.label_names)
+            for said in example.teacher
         ),
     )
 
