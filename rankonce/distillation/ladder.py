@@ -1,7 +1,7 @@
 """A ladder: rung after rung a smaller ranker, each taught by the first one or the one before.
 
 OUT/ladder.json          the table: parameters and held-out metrics of every rung
-OUT/rungs/1-large/       the run folder of a rung, as of ``run_stages``; rung.json, what it is made of
+OUT/rungs/1-large/       a rung's run folder, as of ``run_stages``; rung.json says of what
 OUT/rungs/2-small/pruned/    the pruned start of a rung that has one
 """
 
@@ -11,6 +11,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -195,9 +196,9 @@ def _check(ladder: Ladder, path: Path) -> None:
         raise TrainingError(f"{path}: recipe: should be one of {', '.join(RECIPES)}")
     for place, rung in enumerate(ladder.rungs):
         where = f"{path}: rungs[{place}]"
-        if not place and ladder.teacher is None:
-            if rung.teacher in ("first", "previous") or rung.init == "pruned":
-                raise TrainingError(f"{where}: is the first model, there is none before it")
+        is_first = not place and ladder.teacher is None
+        if is_first and (rung.teacher in ("first", "previous") or rung.init == "pruned"):
+            raise TrainingError(f"{where}: is the first model, there is none before it")
         if (rung.size is not None) != (rung.init == "scratch"):
             raise TrainingError(f"{where}.size: belongs to init scratch, and to nothing else")
         if bool(rung.prune) != (rung.init == "pruned"):
@@ -221,12 +222,19 @@ def _from_folder(ladder: Ladder, folder: Path) -> Ladder:
         replace(rung, teacher=place(rung.teacher), init=str(place(rung.init)))
         for rung in ladder.rungs
     )
-    parts = {
-        name: tuple(folder / path for path in getattr(ladder, name))
-        for name in ("data", "unlabelled", "valid", "task_files")
-    }
+
+    def places(paths: tuple[Path, ...]) -> tuple[Path, ...]:
+        return tuple(folder / path for path in paths)
+
     return replace(
-        ladder, rungs=rungs, store=folder / ladder.store, teacher=place(ladder.teacher), **parts
+        ladder,
+        rungs=rungs,
+        store=folder / ladder.store,
+        teacher=place(ladder.teacher),
+        data=places(ladder.data),
+        unlabelled=places(ladder.unlabelled),
+        valid=places(ladder.valid),
+        task_files=places(ladder.task_files),
     )
 
 
@@ -297,8 +305,7 @@ def _prune(
     examples: Sequence[TrainingExample],
 ) -> None:
     try:
-        # Another file of this floor, which not every installation has.
-        from rankonce.distillation import pruning
+        pruning = import_module("rankonce.distillation.pruning")
     except ImportError as error:
         raise TrainingError(
             f"rungs: {rung.name} starts pruned, which this RankOnce has no code for"
