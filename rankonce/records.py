@@ -148,10 +148,13 @@ class TrainingExample:
     Attributes:
         labels: the label of every candidate, in the request's order: its name, or a probability
             for each name (a soft label), or ``None`` where it is not known.
+        teacher: log P(label) by name as a teacher gives it for every candidate, ``None`` where it
+            was not asked; ``None`` without a teacher.
     """
 
     request: ScoreRequest
     labels: tuple[str | Mapping[str, float] | None, ...]
+    teacher: tuple[Mapping[str, float] | None, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

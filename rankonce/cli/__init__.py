@@ -17,11 +17,13 @@ from rankonce.cli.calibrate import calibrate
 from rankonce.cli.crossvalidate import crossvalidate
 from rankonce.cli.datasets import datasets
 from rankonce.cli.demo import demo
+from rankonce.cli.distill import distill
 from rankonce.cli.evaluate import evaluate
 from rankonce.cli.experiment import experiment
 from rankonce.cli.explain_prompt import explain_prompt
 from rankonce.cli.finetune import finetune
 from rankonce.cli.instruct import instruct
+from rankonce.cli.ladder import ladder
 from rankonce.cli.merge import merge
 from rankonce.cli.pretrain import pretrain
 from rankonce.cli.prune import prune
@@ -52,6 +54,8 @@ for command in (
     pretrain,
     instruct,
     finetune,
+    distill,
+    ladder,
     merge,
     prune,
     evaluate,

@@ -20,9 +20,9 @@ from rankonce.cli.training_options import (
     StartModelOption,
     check_start,
     read_adapter_config,
+    read_loss,
     size_option,
 )
-from rankonce.errors import TrainingError
 
 
 def finetune(
@@ -97,7 +97,7 @@ def finetune(
         name=adapter_name,
     )
     quiet_transformers()
-    losses = dict(_read_loss(text) for text in loss or ["softmax"])
+    losses = dict(read_loss(text) for text in loss or ["softmax"])
 
     def load(_: Path, config: TrainConfig, tasks: Tasks) -> StageSource:
         read = partial(finetune_source, valid_paths=valid or (), temperature=temperature)
@@ -129,11 +129,3 @@ def finetune(
     )
     if is_first_process():
         typer.echo(f"model: {out}", err=True)
-
-
-def _read_loss(text: str) -> tuple[str, float]:
-    name, _, weight = text.partition("=")
-    try:
-        return name, float(weight or 1.0)
-    except ValueError as error:
-        raise TrainingError(f"loss: should be NAME or NAME=WEIGHT, is {text!r}") from error

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rankonce.errors import TrainingError
+
 if TYPE_CHECKING:
     from rankonce.training.adapters import AdapterConfig
 
@@ -76,6 +78,15 @@ def check_start(model: str | None, size: str | None) -> None:
     """Refuse a size beside a checkpoint, which has its own."""
     if model is not None and size is not None:
         raise typer.BadParameter("is for training from scratch", param_hint="--size")
+
+
+def read_loss(text: str) -> tuple[str, float]:
+    """Read ``NAME`` or ``NAME=WEIGHT``."""
+    name, _, weight = text.partition("=")
+    try:
+        return name, float(weight or 1.0)
+    except ValueError as error:
+        raise TrainingError(f"loss: should be NAME or NAME=WEIGHT, is {text!r}") from error
 
 
 def read_adapter_config(

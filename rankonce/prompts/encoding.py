@@ -1,5 +1,6 @@
 """Text to token ids, with text from outside kept apart from special tokens."""
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -70,6 +71,12 @@ class TextEncoder:
         # What stands before the tail's first special token is encoded together with a segment.
         (self._tail_start, *runs), special_ids = self._split([(self.tail, True)])
         self._tail_ids = self._join(special_ids, runs)
+
+    @property
+    def fingerprint(self) -> str:
+        """Identify how texts become ids: encoders of one fingerprint give the same ids."""
+        parts = (self._framing.to_str(), self.head, self.middle, self.tail, self.label_lead)
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def encode_prefix(self, instruction: str, body: str) -> tuple[int, ...]:
         """Encode the prefix of a request: the frame's head, the instruction and the rest."""

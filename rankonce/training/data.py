@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from random import Random
 from typing import Any, Literal
@@ -31,12 +32,15 @@ class TokenizedExample:
             not known.
         gains: worth of every label: its grade, or 1 for the one whose log-odds rank.
         ranking: how the task's ranking value comes from the probabilities.
+        teacher: for each candidate a teacher's log-probability for each label, or ``None`` where
+            it was not asked; ``None`` without a teacher.
     """
 
     tokens: TokenizedRequest
     targets: tuple[Target, ...]
     gains: tuple[float, ...]
     ranking: Literal["log_odds", "expected_grade"]
+    teacher: tuple[Target, ...] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -45,8 +49,13 @@ class TokenizedExample:
 
     @property
     def num_targets(self) -> int:
-        """Candidates whose label is known."""
-        return sum(target is not None for target in self.targets)
+        """Candidates whose label is known, or what a teacher says of them."""
+        return sum(target is not None or said is not None for target, said in self.lessons)
+
+    @property
+    def lessons(self) -> Iterator[tuple[Target, Target]]:
+        """Target and teacher's log-probabilities of every candidate."""
+        return zip(self.targets, self.teacher or repeat(None), strict=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +65,10 @@ class LabelGroup:
     Attributes:
         label_ids: for every label the token ids that count as it.
         rows_R: the rows among the pass's score rows.
-        targets_RL: the probability of every label.
+        targets_RL: the probability of every label; NaN in rows that only a teacher labelled.
         slates_R: which request a row belongs to, from 0.
         gains_L: worth of every label.
+        teacher_RL: a teacher's log-probabilities; NaN in rows that it was not asked of.
     """
 
     label_ids: tuple[tuple[int, ...], ...]
@@ -67,6 +77,7 @@ class LabelGroup:
     slates_R: Tensor
     gains_L: Tensor
     ranking: Literal["log_odds", "expected_grade"]
+    teacher_RL: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +102,23 @@ def read_examples(path: Path) -> list[TrainingExample]:
     return examples
 
 
-def stream_examples(path: Path) -> Iterator[TrainingExample]:
+def read_unlabelled(path: Path) -> list[TrainingExample]:
+    """Read JSON lines of requests whose labels are not known, or are not to be looked at.
+
+    Raises:
+        DataError: names the line and the field.
+    """
+    examples = list(stream_examples(path, has_labels=False))
+    if not examples:
+        raise DataError(f"{path}: should hold at least one request")
+    return examples
+
+
+def stream_examples(path: Path, *, has_labels: bool = True) -> Iterator[TrainingExample]:
     """Read the same one at a time.
+
+    Args:
+        has_labels: otherwise every label is ``None``, whatever the line says.
 
     Raises:
         DataError: names the line and the field.
@@ -102,18 +128,20 @@ def stream_examples(path: Path) -> Iterator[TrainingExample]:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     try:
-                        yield _read_example(json.loads(line))
+                        yield _read_example(json.loads(line), has_labels=has_labels)
                     except (json.JSONDecodeError, RecursionError, RankOnceError) as error:
                         raise DataError(f"{path}: line {number}: {error}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
 
 
-def _read_example(data: Any) -> TrainingExample:
+def _read_example(data: Any, *, has_labels: bool) -> TrainingExample:
     if not isinstance(data, dict):
         raise DataError("should be a JSON object")
     labels = data.pop("labels", None)
     request = read_request(data)
+    if not has_labels:
+        return TrainingExample(request=request, labels=(None,) * len(request.candidates))
     if not isinstance(labels, list) or len(labels) != len(request.candidates):
         raise DataError(
             f"labels: should hold one label for each of {len(request.candidates)} candidates"
@@ -183,6 +211,12 @@ def _tokenize(example: TrainingExample, renderer: Renderer, task: Task) -> Token
             for label in task.labels
         ),
         ranking=task.ranking.kind,
+        teacher=None
+        if example.teacher is None
+        else tuple(
+            None if said is None else tuple(said[name] for name in task.label_names)
+            for said in example.teacher
+        ),
     )
 
 
@@ -239,17 +273,19 @@ def pack_examples(
         PassPart(request=index, first=0, last=len(request.segment_ids), cached=False)
         for index, request in enumerate(requests)
     ]
-    groups: dict[Any, tuple[list[int], list[tuple[float, ...]], list[int]]] = {}
+    groups: dict[Any, tuple[list[int], list[Target], list[int], list[Target]]] = {}
     row = 0
     for example in examples:
         key = (example.tokens.label_ids, example.gains, example.ranking)
-        rows, targets, slates = groups.setdefault(key, ([], [], []))
+        rows, targets, slates, teacher = groups.setdefault(key, ([], [], [], []))
         slate = slates[-1] + 1 if slates else 0
-        for target in example.targets:
-            if target is not None:
+        unknown = (math.nan,) * len(example.gains)
+        for target, said in example.lessons:
+            if target is not None or said is not None:
                 rows.append(row)
-                targets.append(target)
+                targets.append(target or unknown)
                 slates.append(slate)
+                teacher.append(said or unknown)
             row += 1
 
     def place(values: Any) -> Tensor:
@@ -265,8 +301,9 @@ def pack_examples(
                 slates_R=place(slates),
                 gains_L=place(gains),
                 ranking=ranking,
+                teacher_RL=place(teacher),
             )
-            for (ids, gains, ranking), (rows, targets, slates) in groups.items()
+            for (ids, gains, ranking), (rows, targets, slates, teacher) in groups.items()
             if rows
         ),
     )

@@ -276,9 +276,9 @@ def _set_up(
     if config.gradient_checkpointing:
         recompute_layers(network)
     optimizers = build_optimizers(
-        network, weight_decay=config.weight_decay, with_sgd=config.sgd_from < 1
+        learner.learner, weight_decay=config.weight_decay, with_sgd=config.sgd_from < 1
     )
-    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    trained = [parameter for parameter in learner.learner.parameters() if parameter.requires_grad]
     average = WeightAverage(trained, kept=config.averaging) if config.averaging else None
     return RunState(learner=learner, optimizers=optimizers, average=average, position=Position())
 

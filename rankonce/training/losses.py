@@ -42,17 +42,20 @@ class LabelRows:
     @property
     def values_R(self) -> Tensor:  # noqa: N802
         """The ranking values."""
-        if self.ranking == "expected_grade":
-            return self.log_probs_RL.exp() @ self.gains_L
-        is_ranked_L = self.gains_L > 0
-        return self.log_probs_RL[:, is_ranked_L].logsumexp(1) - self.log_probs_RL[
-            :, ~is_ranked_L
-        ].logsumexp(1)
+        return ranking_values(self.log_probs_RL, self.gains_L, self.ranking)
 
     @property
     def worth_R(self) -> Tensor:  # noqa: N802
         """What the rows are worth by their targets."""
         return self.targets_RL @ self.gains_L
+
+
+def ranking_values(log_probs_RL: Tensor, gains_L: Tensor, ranking: str) -> Tensor:
+    """Return the values that R rows are ranked by: log-odds, or expected grades."""
+    if ranking == "expected_grade":
+        return log_probs_RL.exp() @ gains_L
+    is_ranked_L = gains_L > 0
+    return log_probs_RL[:, is_ranked_L].logsumexp(1) - log_probs_RL[:, ~is_ranked_L].logsumexp(1)
 
 
 def softmax_loss(rows: LabelRows) -> Tensor:

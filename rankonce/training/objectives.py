@@ -39,8 +39,11 @@ class Objective(Protocol[U]):
     def pack(self, units: Sequence[U], device: torch.device | str) -> Any:
         """Put units into one pass."""
 
-    def loss(self, network: Any, batch: Any) -> Tensor:
-        """Sum the loss over a pass's targets."""
+    def build_extra(self, network: Any) -> nn.Module | None:
+        """Make what is learnt beside the network and dropped when the run has ended."""
+
+    def loss(self, network: Any, batch: Any, extra: Any = None) -> Tensor:
+        """Sum the loss over a pass's targets; ``extra`` is what ``build_extra`` made."""
 
     def num_logits(self, batch: Any, vocabulary: int) -> int:
         """Count the logits that a pass takes; the vocabulary is that of the head."""
@@ -65,12 +68,15 @@ class LabelObjective:
         """Put examples into one pass, each prefix computed once."""
         return pack_examples(units, device)
 
-    def loss(self, network: Any, batch: TrainingBatch) -> Tensor:
+    def build_extra(self, network: Any) -> None:
+        """Nothing is learnt beside the network."""
+
+    def loss(self, network: Any, batch: TrainingBatch, extra: None = None) -> Tensor:
         """Sum the weighted losses over a pass."""
         hidden_CD = forward_pass(network, batch.batch)
         head = head_of(network)
         total = hidden_CD.new_zeros((), dtype=torch.float32)
-        with _full_precision(hidden_CD):
+        with full_precision(hidden_CD):
             for group in batch.groups:
                 rows = LabelRows(
                     log_probs_RL=head.label_logprobs(hidden_CD[group.rows_R], group.label_ids),
@@ -98,10 +104,13 @@ class TokenObjective:
         """Put texts into one pass in which none sees another."""
         return pack_sequences(units, device)
 
-    def loss(self, network: Any, batch: SequenceBatch) -> Tensor:
+    def build_extra(self, network: Any) -> None:
+        """Nothing is learnt beside the network."""
+
+    def loss(self, network: Any, batch: SequenceBatch, extra: None = None) -> Tensor:
         """Sum the cross-entropy over a pass's learnt tokens."""
         hidden_TD = forward_pass(network, batch.batch)
-        with _full_precision(hidden_TD):
+        with full_precision(hidden_TD):
             return token_loss(head_of(network), hidden_TD[batch.rows_R], batch.target_ids_R)
 
     def num_logits(self, batch: SequenceBatch, vocabulary: int) -> int:
@@ -109,7 +118,7 @@ class TokenObjective:
         return len(batch.rows_R) * vocabulary
 
 
-def _full_precision(hidden: Tensor) -> torch.autocast:
+def full_precision(hidden: Tensor) -> torch.autocast:
     """Keep head and loss out of an autocast around the pass, which would round their products."""
     return torch.autocast(hidden.device.type, enabled=False)
 
@@ -119,13 +128,17 @@ class Learner(nn.Module):
 
     Parallel training shards and synchronises modules around their forward, so that the head must
     be read inside of it.
+
+    Attributes:
+        extra: weights of the objective's own; they travel with checkpoints, not with the model.
     """
 
     def __init__(self, network: nn.Module, objective: Objective[Any]) -> None:
         super().__init__()
         self.network = network
         self.objective = objective
+        self.extra = objective.build_extra(network)
 
     def forward(self, batch: Any) -> Tensor:
         """Sum the loss over a pass's targets."""
-        return self.objective.loss(self.network, batch)
+        return self.objective.loss(self.network, batch, self.extra)

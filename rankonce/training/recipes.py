@@ -68,6 +68,21 @@ class Recipe:
         return replace(self, stages=tuple(stages.values()))
 
 
+def read_settings(settings: Sequence[str]) -> dict[str, Any]:
+    """Read settings of training, each given as ``NAME=VALUE``.
+
+    Raises:
+        TrainingError: names the one that there is none of, or the value it does not take.
+    """
+    changes: dict[str, Any] = {}
+    for setting in settings:
+        name, is_given, text = setting.partition("=")
+        if not is_given:
+            raise TrainingError(f"set: should be NAME=VALUE, is {setting!r}")
+        changes[name] = _read_setting(name, text)
+    return changes
+
+
 def _read_setting(name: str, text: str) -> Any:
     known = {field.name: field.type for field in fields(TrainConfig)}
     if name not in known:

@@ -17,9 +17,15 @@ from rankonce.errors import DataError
 from rankonce.prompts.rendering import Renderer
 from rankonce.prompts.tasks import Task, find_task
 from rankonce.records import TrainingExample
-from rankonce.training.data import WordingChoice, mix_tasks, read_examples, tokenize_examples
+from rankonce.training.data import (
+    WordingChoice,
+    mix_tasks,
+    read_examples,
+    read_unlabelled,
+    tokenize_examples,
+)
 from rankonce.training.loop import TrainConfig, TrainingData
-from rankonce.training.objectives import LabelObjective
+from rankonce.training.objectives import LabelObjective, Objective
 
 # Prompts that a tokenizer is trained on.
 _NUM_TOKENIZER_EXAMPLES = 2000
@@ -38,6 +44,8 @@ class StageSource:
         valid: labelled requests that a ranker may be measured on after the stage.
         fingerprint: says which data these are; a resumed run must have the same.
         split: tables that the data were cut into, where the recipe cut them.
+        examples: those of an epoch, where labels are learnt: a teacher can be asked of them.
+        style_seed: of the wordings that they come in; see ``label_source``.
     """
 
     open: Callable[[Renderer], TrainingData]
@@ -46,6 +54,8 @@ class StageSource:
     valid: Sequence[TrainingExample] = ()
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
     split: Mapping[str, pl.DataFrame] = field(default_factory=dict)
+    examples: Callable[[int], Iterable[TrainingExample]] | None = None
+    style_seed: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +79,7 @@ def label_source(
     tasks: Tasks,
     valid: Sequence[TrainingExample] = (),
     losses: Mapping[str, float] | None = None,
+    objective: Objective[Any] | None = None,
     fingerprint: Mapping[str, Any],
     split: Mapping[str, pl.DataFrame] | None = None,
     style_seed: int | None = None,
@@ -79,10 +90,11 @@ def label_source(
         epoch: the examples of an epoch.
         tasks: by name, those of the examples among them.
         losses: weights of losses of the table; cross-entropy alone by default.
+        objective: takes the place of the losses.
         style_seed: each example of an epoch comes in a wording drawn from its task's own and its
             styles; ``None`` uses the task's own, as the valid examples always do.
     """
-    objective = LabelObjective(losses=losses or {"softmax": 1.0})
+    learnt = objective or LabelObjective(losses=losses or {"softmax": 1.0})
     first = list(epoch(0))
     names = sorted({example.request.task for example in (*first, *valid)})
 
@@ -94,7 +106,7 @@ def label_source(
                 tasks,
                 style_seed=None if style_seed is None else 1000 * style_seed + number,
             ),
-            objective=objective,
+            objective=learnt,
             valid=lambda: tokenize_examples(valid, renderer, tasks),
         )
 
@@ -112,6 +124,8 @@ def label_source(
         valid=valid,
         fingerprint={**fingerprint, **({} if style_seed is None else {"style_seed": style_seed})},
         split=split or {},
+        examples=epoch,
+        style_seed=style_seed,
     )
 
 
@@ -124,10 +138,12 @@ def finetune_source(
     temperature: float = 1.0,
     losses: Mapping[str, float] | None = None,
     styles: bool = False,
+    unlabelled_paths: Sequence[Path] = (),
 ) -> StageSource:
     """Read JSON lines of labelled requests of any tasks.
 
     Args:
+        unlabelled_paths: JSON lines of requests; labels in them are not looked at.
         temperature: evens out how often tasks come; see ``mix_tasks``.
         styles: draw a wording for every example; see ``label_source``.
 
@@ -135,6 +151,7 @@ def finetune_source(
         DataError: names the file, the line and the field.
     """
     rows = [example for path in paths for example in read_examples(path)]
+    rows += [example for path in unlabelled_paths for example in read_unlabelled(path)]
     valid = [example for path in valid_paths for example in read_examples(path)]
 
     def epoch(number: int) -> Iterable[TrainingExample]:
@@ -146,7 +163,7 @@ def finetune_source(
         valid=valid,
         losses=losses,
         fingerprint={
-            **fingerprint_files([*paths, *valid_paths]),
+            **fingerprint_files([*paths, *unlabelled_paths, *valid_paths]),
             "temperature": temperature,
         },
         style_seed=config.seed if styles else None,

@@ -1,0 +1,351 @@
+"""A ladder: rung after rung a smaller ranker, each taught by the first one or the one before.
+
+OUT/ladder.json          the table: parameters and held-out metrics of every rung
+OUT/rungs/1-large/       a rung's run folder, as of ``run_stages``; rung.json says of what
+OUT/rungs/2-small/pruned/    the pruned start of a rung that has one
+"""
+
+import json
+import shutil
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+from safetensors import safe_open
+
+from rankonce.distillation.objective import DistillConfig
+from rankonce.distillation.stages import Distillation
+from rankonce.distillation.store import ScoreStore
+from rankonce.distillation.teachers import find_teacher
+from rankonce.environment import describe_environment
+from rankonce.errors import TrainingError
+from rankonce.evaluation.held_out import measure_held_out
+from rankonce.prompts.tasks import Task, library_tasks, load_task
+from rankonce.records import TrainingExample, describe_faults
+from rankonce.training.checkpoint import is_finished
+from rankonce.training.loop import TrainConfig
+from rankonce.training.recipes import RECIPES
+from rankonce.training.runs import run_stages
+from rankonce.training.stages import Stage, StageSource, Tasks, finetune_source
+
+_STRICT = ConfigDict(extra="forbid")
+Place = Literal["first", "previous"]
+
+
+@with_config(_STRICT)
+@dataclass(frozen=True, kw_only=True)
+class Rung:
+    """One step down.
+
+    Attributes:
+        name: once in a ladder.
+        teacher: the first model of the ladder, the one before, a checkpoint or a URL; ``None``
+            learns labels alone.
+        init: ``scratch``, ``pruned``, or a checkpoint to start from.
+        size: what is built from scratch.
+        prune: fields of the pruning configuration.
+        pruned_from: the model that is pruned.
+        target, losses, temperature, teacher_share: see ``DistillConfig``; without a teacher the
+            target is ``hard``.
+        train: the budget, as settings of ``TrainConfig``, over those of the ladder.
+    """
+
+    name: str
+    teacher: str | None = None
+    init: str = "scratch"
+    size: str | None = None
+    prune: Mapping[str, Any] = field(default_factory=dict)
+    pruned_from: Place = "previous"
+    target: str | None = None
+    losses: Mapping[str, float] = field(default_factory=lambda: {"forward-kl": 1.0})
+    temperature: float = 1.0
+    teacher_share: float = 0.5
+    train: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def distill_config(self) -> DistillConfig:
+        """What it learns, and how."""
+        return DistillConfig(
+            losses=self.losses,
+            target=self.target or ("hard" if self.teacher is None else "soft"),
+            temperature=self.temperature,
+            teacher_share=self.teacher_share,
+        )
+
+
+@with_config(_STRICT)
+@dataclass(frozen=True, kw_only=True)
+class Ladder:
+    """A ladder as its file says it; paths are from the file's folder.
+
+    Attributes:
+        data: labelled requests, or the folder of a recipe.
+        recipe: whose last stage gives data and settings.
+        unlabelled: requests for teachers to label.
+        valid: labelled requests, held out; every rung is measured on them.
+        store: of teachers' scores.
+        teacher: the first model, a checkpoint; without one the first rung is.
+        task_files: tasks beside those of the library.
+        train: settings of every rung.
+    """
+
+    data: tuple[Path, ...]
+    rungs: tuple[Rung, ...]
+    store: Path
+    recipe: str | None = None
+    unlabelled: tuple[Path, ...] = ()
+    valid: tuple[Path, ...] = ()
+    teacher: str | None = None
+    task_files: tuple[Path, ...] = ()
+    seed: int = 0
+    train: Mapping[str, Any] = field(default_factory=dict)
+
+
+_LADDER = TypeAdapter(Ladder)
+
+
+def read_ladder(path: Path) -> Ladder:
+    """Read a ladder from YAML, or TOML by its suffix.
+
+    Raises:
+        TrainingError: names the field that is wrong, missing or unknown.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        data = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
+        ladder = _LADDER.validate_python(data)
+    except (OSError, UnicodeDecodeError) as error:
+        raise TrainingError(f"{path}: cannot be read: {error}") from error
+    except (yaml.YAMLError, tomllib.TOMLDecodeError) as error:
+        raise TrainingError(f"{path}: is neither YAML nor TOML: {error}") from error
+    except ValidationError as error:
+        raise TrainingError(f"{path}: {describe_faults(error.errors())}") from error
+    _check(ladder, path)
+    return _from_folder(ladder, path.parent)
+
+
+def run_ladder(ladder: Ladder, out: Path) -> list[dict[str, Any]]:
+    """Run the rungs that are not finished, and measure all.
+
+    Returns:
+        The table, one row a model: name, parameters, metrics by task, steps, minutes, teacher.
+
+    Raises:
+        RankOnceError: a rung cannot be run; those before it are kept.
+        TrainingError: a rung that has begun is described otherwise now.
+    """
+    tasks = [load_task(path) for path in ladder.task_files]
+    evaluate = partial(measure_held_out, tasks=tasks)
+    models: list[str] = [] if ladder.teacher is None else [ladder.teacher]
+    with ScoreStore(ladder.store) as store:
+        for number, rung in enumerate(ladder.rungs, start=1):
+            folder = out / "rungs" / f"{number}-{rung.name}"
+            _note(folder, ladder, rung)
+            if not is_finished(folder):
+                source = _teacher_of(rung, models)
+                teacher = source and find_teacher(source, tasks=tasks)
+                stage = _stage(ladder, rung)
+                run_stages(
+                    [
+                        Distillation(
+                            config=rung.distill_config, teacher=teacher or None, store=store
+                        ).wrap(stage)
+                    ],
+                    ladder.data[0],
+                    folder,
+                    name=f"rung {rung.name}",
+                    size=rung.size or "3m",
+                    seed=ladder.seed,
+                    model=_start(ladder, rung, folder, models, tasks, stage),
+                    tasks=tasks,
+                    evaluate=evaluate,
+                )
+            models.append(str(folder))
+    rows = [_row(rung, Path(model)) for rung, model in _pairs(ladder, models)]
+    record = {"rungs": rows, "environment": describe_environment()}
+    (out / "ladder.json").write_text(json.dumps(record, indent=2) + "\n")
+    return rows
+
+
+def count_parameters(folder: Path) -> int:
+    """Count the numbers in a checkpoint's safetensors."""
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  a file is no mapping
+                size = 1
+                for length in file.get_slice(name).get_shape():
+                    size *= length
+                total += size
+    return total
+
+
+def _check(ladder: Ladder, path: Path) -> None:
+    names = [rung.name for rung in ladder.rungs]
+    if not names or len(set(names)) < len(names):
+        raise TrainingError(f"{path}: rungs: should be one or more, each name once")
+    if not ladder.data:
+        raise TrainingError(f"{path}: data: should name a file or a recipe's folder")
+    if ladder.recipe is not None and ladder.recipe not in RECIPES:
+        raise TrainingError(f"{path}: recipe: should be one of {', '.join(RECIPES)}")
+    for place, rung in enumerate(ladder.rungs):
+        where = f"{path}: rungs[{place}]"
+        is_first = not place and ladder.teacher is None
+        if is_first and (rung.teacher in ("first", "previous") or rung.init == "pruned"):
+            raise TrainingError(f"{where}: is the first model, there is none before it")
+        if (rung.size is not None) != (rung.init == "scratch"):
+            raise TrainingError(f"{where}.size: belongs to init scratch, and to nothing else")
+        if bool(rung.prune) != (rung.init == "pruned"):
+            raise TrainingError(f"{where}.prune: belongs to init pruned, and to nothing else")
+        try:
+            needs = rung.distill_config.rule.takes_teacher
+            if needs and rung.teacher is None:
+                raise TrainingError(f"teacher: target {rung.target!r} needs one")
+            TrainConfig(**{**ladder.train, **rung.train})
+        except (TrainingError, TypeError) as error:
+            raise TrainingError(f"{where}: {error}") from error
+
+
+def _from_folder(ladder: Ladder, folder: Path) -> Ladder:
+    def place(text: str | None) -> str | None:
+        known = text is None or text in ("first", "previous", "scratch", "pruned")
+        is_path = not known and text is not None and (folder / text).exists()
+        return str(folder / str(text)) if is_path else text
+
+    rungs = tuple(
+        replace(rung, teacher=place(rung.teacher), init=str(place(rung.init)))
+        for rung in ladder.rungs
+    )
+
+    def places(paths: tuple[Path, ...]) -> tuple[Path, ...]:
+        return tuple(folder / path for path in paths)
+
+    return replace(
+        ladder,
+        rungs=rungs,
+        store=folder / ladder.store,
+        teacher=place(ladder.teacher),
+        data=places(ladder.data),
+        unlabelled=places(ladder.unlabelled),
+        valid=places(ladder.valid),
+        task_files=places(ladder.task_files),
+    )
+
+
+def _note(folder: Path, ladder: Ladder, rung: Rung) -> None:
+    """Write what a rung is made of, or check that it is what was begun."""
+    path = folder / "rung.json"
+    made_of = json.loads(
+        json.dumps({**asdict(rung), "train": {**ladder.train, **rung.train}, "seed": ladder.seed})
+    )
+    if path.exists():
+        if json.loads(path.read_text()) != made_of:
+            raise TrainingError(f"out: {folder} holds a rung that was described otherwise")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".tmp")
+    draft.write_text(json.dumps(made_of, indent=2) + "\n")
+    draft.replace(path)
+
+
+def _teacher_of(rung: Rung, models: Sequence[str]) -> str | None:
+    places = {"first": 0, "previous": -1}
+    return models[places[rung.teacher]] if rung.teacher in places else rung.teacher
+
+
+def _stage(ladder: Ladder, rung: Rung) -> Stage:
+    changes = {"seed": ladder.seed, **ladder.train, **rung.train}
+    if ladder.recipe is not None:
+        stage = RECIPES[ladder.recipe]().stages[-1]
+        return replace(stage, name="distill", config=replace(stage.config, **changes))
+    takes_teacher = rung.distill_config.rule.takes_teacher
+
+    def load(_: Path, config: TrainConfig, tasks: Tasks) -> StageSource:
+        return finetune_source(
+            ladder.data,
+            config,
+            tasks,
+            valid_paths=ladder.valid,
+            unlabelled_paths=ladder.unlabelled if takes_teacher else (),
+        )
+
+    return Stage(name="distill", load=load, config=TrainConfig(**changes))
+
+
+def _start(
+    ladder: Ladder,
+    rung: Rung,
+    folder: Path,
+    models: Sequence[str],
+    tasks: Sequence[Task],
+    stage: Stage,
+) -> str | None:
+    """Return the checkpoint that a rung starts from, pruned where it says so."""
+    if rung.init == "scratch":
+        return None
+    if rung.init != "pruned":
+        return rung.init
+    pruned = folder / "pruned"
+    if not pruned.is_dir():
+        _prune(rung, pruned, models, tasks, _calibration_examples(ladder, stage, tasks))
+    return str(pruned)
+
+
+def _prune(
+    rung: Rung,
+    out: Path,
+    models: Sequence[str],
+    tasks: Sequence[Task],
+    examples: Sequence[TrainingExample],
+) -> None:
+    try:
+        pruning = import_module("rankonce.distillation.pruning")
+    except ImportError as error:
+        raise TrainingError(
+            f"rungs: {rung.name} starts pruned, which this RankOnce has no code for"
+        ) from error
+    try:
+        config = pruning.PruneConfig(**rung.prune)
+    except TypeError as error:
+        raise TrainingError(f"rungs: {rung.name}: prune: {error}") from error
+    source = models[0 if rung.pruned_from == "first" else -1]
+    unfinished = out.with_name(".pruned")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    record = pruning.prune_checkpoint(source, unfinished, config, examples, tasks=tasks)
+    (unfinished / "pruned.json").write_text(json.dumps(dict(record), indent=2) + "\n")
+    unfinished.rename(out)
+
+
+def _calibration_examples(
+    ladder: Ladder, stage: Stage, tasks: Sequence[Task]
+) -> list[TrainingExample]:
+    known = {**library_tasks(), **{task.name: task for task in tasks}}
+    source = stage.load(ladder.data[0], stage.config, known)
+    if source is None or source.examples is None:
+        raise TrainingError("rungs: pruning needs examples of labels")
+    return list(source.examples(0))
+
+
+def _pairs(ladder: Ladder, models: Sequence[str]) -> list[tuple[Rung | None, str]]:
+    before: list[Rung | None] = [] if ladder.teacher is None else [None]
+    return list(zip([*before, *ladder.rungs], models, strict=True))
+
+
+def _row(rung: Rung | None, folder: Path) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "name": folder.name if rung is None else rung.name,
+        "parameters": count_parameters(folder),
+        "teacher": None if rung is None else rung.teacher,
+    }
+    if rung is not None:
+        (stage,) = (folder / "stages").iterdir()
+        measured = stage / "evaluation.json"
+        row["metrics"] = json.loads(measured.read_text()) if measured.exists() else {}
+        row |= json.loads((folder / "run.json").read_text())["finished"]
+    return row

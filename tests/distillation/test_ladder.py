@@ -1,0 +1,156 @@
+"""Ladders: rung by rung, resumed at any, and a table at the end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rankonce.distillation import ladder as ladders
+from rankonce.distillation.ladder import count_parameters, read_ladder, run_ladder
+from rankonce.errors import TrainingError
+from rankonce.model.sizes import build_model
+
+_LADDER = """
+data: [examples.jsonl]
+valid: [examples.jsonl]
+store: scores.sqlite
+train: {epochs: 1, targets_per_step: 24, learning_rate: 3.0e-3, steps_per_checkpoint: 2}
+rungs:
+  - {name: large, size: 0.4m, train: {epochs: 2}}
+  - {name: middle, size: 0.16m, teacher: previous}
+  - {name: small, size: 0.07m, teacher: first, target: two-logits, losses: {reverse-kl: 0.5}}
+"""
+
+
+def write_ladder(folder: Path, place: Path, text: str = _LADDER) -> Path:
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "examples.jsonl").write_text((folder / "examples.jsonl").read_text())
+    (place / "ladder.yaml").write_text(text)
+    return place / "ladder.yaml"
+
+
+@pytest.fixture(scope="module")
+def climbed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("ladder")
+    run_ladder(read_ladder(write_ladder(folder, place)), place / "out")
+    return place
+
+
+def test_a_ladder_ends_in_a_table_of_size_and_quality(climbed: Path) -> None:
+    rows = json.loads((climbed / "out" / "ladder.json").read_text())["rungs"]
+    assert [(row["name"], row["teacher"]) for row in rows] == [
+        ("large", None), ("middle", "previous"), ("small", "first"),
+    ]  # fmt: skip
+    for row, size in zip(rows, ("0.4m", "0.16m", "0.07m"), strict=True):
+        network = build_model(size, seed=0)
+        assert row["parameters"] == sum(p.numel() for p in network.parameters())
+        assert row["metrics"]["movie-like"]["labels"] == 144
+        assert row["steps"] > 0
+
+
+def test_every_rung_has_the_teacher_that_it_names(climbed: Path) -> None:
+    from rankonce.distillation.teachers import LocalTeacher
+
+    rungs = climbed / "out" / "rungs"
+    large = LocalTeacher(rungs / "1-large").fingerprint
+    for name in ("2-middle", "3-small"):
+        record = json.loads((rungs / name / "run.json").read_text())
+        assert record["data"]["teacher"]["fingerprint"] == large
+
+
+def test_finished_rungs_are_not_run_again(climbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = json.loads((climbed / "out" / "ladder.json").read_text())["rungs"]
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a rung was run again")
+
+    monkeypatch.setattr(ladders, "run_stages", refuse)
+    assert run_ladder(read_ladder(climbed / "ladder.yaml"), climbed / "out") == before
+
+
+def test_a_rung_that_is_described_otherwise_is_refused(folder: Path, climbed: Path) -> None:
+    path = climbed / "other.yaml"
+    path.write_text(_LADDER.replace("0.16m", "0.4m"))
+    with pytest.raises(TrainingError, match="2-middle holds a rung that was described otherwise"):
+        run_ladder(read_ladder(path), climbed / "out")
+
+
+def test_a_killed_ladder_goes_on_with_the_same_bits(
+    folder: Path, climbed: Path, tmp_path: Path
+) -> None:
+    path = write_ladder(folder, tmp_path)
+    code = (
+        "import sys; from pathlib import Path;"
+        "from rankonce.distillation.ladder import read_ladder, run_ladder;"
+        "run_ladder(read_ladder(Path(sys.argv[1])), Path(sys.argv[2]))"
+    )
+    root = Path(__file__).parents[2]
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(path), str(tmp_path / "out")],
+        cwd=root,
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": str(torch.get_num_threads()),
+            "PYTHONPATH": str(root),
+        },
+        stderr=subprocess.DEVNULL,
+    )
+    stage = tmp_path / "out" / "rungs" / "2-middle" / "stages" / "1-distill"
+    deadline = time.monotonic() + 120
+    while not (stage / "checkpoints" / "2").is_dir() and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    first = tmp_path / "out" / "rungs" / "1-large" / "run.json"
+    written = first.stat().st_mtime_ns
+    run_ladder(read_ladder(path), tmp_path / "out")
+    assert first.stat().st_mtime_ns == written
+    for name in ("2-middle", "3-small"):
+        expected = load_file(climbed / "out" / "rungs" / name / "model.safetensors")
+        actual = load_file(tmp_path / "out" / "rungs" / name / "model.safetensors")
+        assert all(torch.equal(actual[key], expected[key]) for key in expected)
+
+
+def test_a_ladder_may_begin_with_a_teacher_and_be_toml(folder: Path, tmp_path: Path) -> None:
+    write_ladder(folder, tmp_path)
+    path = tmp_path / "ladder.toml"
+    path.write_text(
+        f'data = ["examples.jsonl"]\nstore = "scores.sqlite"\nteacher = "{folder / "teacher"}"\n'
+        '[[rungs]]\nname = "small"\nsize = "0.07m"\nteacher = "first"\n'
+        "train = {max_steps = 2, targets_per_step = 24}\n"
+    )
+    rows = run_ladder(read_ladder(path), tmp_path / "out")
+    assert [row["name"] for row in rows] == ["teacher", "small"]
+    assert rows[0]["parameters"] == count_parameters(folder / "teacher") > rows[1]["parameters"]
+    assert rows[1]["steps"] == 2
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("rungs:", "steps:", "steps: unknown field"),
+        ("size: 0.4m,", "", r"rungs\[0\].size: belongs to init scratch"),
+        ("teacher: previous}", "teacher: previous, init: pruned}", "size: belongs to init scratch"),
+        ("size: 0.16m,", "init: pruned,", r"rungs\[1\].prune: belongs to init pruned"),
+        ("size: 0.4m,", "size: 0.4m, teacher: first,", "there is none before it"),
+        ("name: middle", "name: large", "each name once"),
+        ("two-logits", "three-logits", r"rungs\[2\]: target: should be one of"),
+        ("epochs: 2}", "epoch: 2}", r"rungs\[0\]: .*epoch"),
+        ("teacher: previous}", "target: soft}", "target 'soft' needs one"),
+    ],
+)
+def test_a_fault_in_a_ladder_is_named(
+    folder: Path, tmp_path: Path, old: str, new: str, message: str
+) -> None:
+    assert old in _LADDER
+    path = write_ladder(folder, tmp_path, _LADDER.replace(old, new))
+    with pytest.raises(TrainingError, match=message):
+        read_ladder(path)
