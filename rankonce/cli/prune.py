@@ -65,16 +65,31 @@ def prune(
             help="Choose heads and neurons by least squares and fit what stays anew.",
         ),
     ] = False,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Go the way to --keep in so many steps, with training between."),
+    ] = None,
+    step: Annotated[int | None, typer.Option(min=1, help="Which of the steps this is.")] = None,
+    whole: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER|ID",
+            help="Model before the first step, whose share --keep is.",
+            show_default="the model",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the calibration examples drawn.")] = 0,
     task_file: TaskFileOption = None,
 ) -> None:
     """Cut layers, heads, neurons, channels and vocabulary rows; the same width in every layer.
 
     rankonce prune runs/teacher --data calibration.jsonl --out pruned --keep 0.67
+    rankonce prune runs/half-way --whole runs/teacher --keep 0.5 --step 2 --steps 2 \
+        --data calibration.jsonl --out pruned
     """
     from rich.console import Console
 
-    from rankonce.distillation.pruning import PruneConfig, prune_checkpoint
+    from rankonce.distillation.pruning import PruneConfig, prune_checkpoint, step_of
     from rankonce.prompts.tasks import load_task
     from rankonce.training.data import read_examples
 
@@ -90,6 +105,12 @@ def prune(
         reconstruct=reconstruct,
         seed=seed,
     )
+    if steps is not None or step is not None or whole is not None:
+        if steps is None or step is None or keep is None:
+            raise typer.BadParameter(
+                "are needed together: --keep, --steps and --step", param_hint="--steps"
+            )
+        config = step_of(whole or model, config, step=step, steps=steps)
     tasks = [load_task(path) for path in task_file or ()]
     examples = [example for path in data for example in read_examples(path)]
     record = prune_checkpoint(model, out, config, examples, tasks=tasks)

@@ -211,6 +211,36 @@ def choose_shape(
     return shape
 
 
+def step_of(whole: str | Path, config: PruneConfig, *, step: int, steps: int) -> PruneConfig:
+    """Find what one step of a gradual way cuts, from the model before the first step.
+
+    Args:
+        whole: checkpoint whose share ``config.keep`` is.
+        step: from 1 to ``steps``.
+
+    Raises:
+        TrainingError: there is no such step, or fewer steps of different sizes.
+        ModelError: the checkpoint cannot be read.
+    """
+    if config.keep is None:
+        raise TrainingError("keep: should be given, a way in steps leads to a share")
+    if not 1 <= step <= steps:
+        raise TrainingError(f"step: should be from 1 to {steps}, is {step}")
+    from transformers import AutoConfig
+
+    try:
+        sizes = AutoConfig.from_pretrained(whole)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"whole: {whole} is no checkpoint: {error}") from error
+    shapes = gradual_shapes(sizes, config.keep, steps, like=config)
+    if len(shapes) < steps:
+        raise TrainingError(
+            f"steps: should be {len(shapes)} at most, so many different sizes lead to "
+            f"{config.keep}, is {steps}"
+        )
+    return shapes[step - 1]
+
+
 def gradual_shapes(
     config: Any, keep: float, steps: int, *, like: PruneConfig | None = None
 ) -> list[PruneConfig]:

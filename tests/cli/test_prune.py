@@ -100,3 +100,30 @@ def test_rungs_are_measured_side_by_side(
         assert rung["tokens_per_s"] > rung["candidates_per_s"] > 0
         (quality,) = rung["quality"].values()
         assert quality["labels"] > 0
+
+
+def test_steps_lead_to_the_sizes_of_one_cut(
+    run: Callable[..., Any], whole: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "examples.jsonl"
+    write_examples(data, 4)
+    cut = ("--data", data, "--keep", "0.4")
+    assert run("prune", whole, *cut, "--out", tmp_path / "once").exit_code == 0
+    way = ("--whole", whole, "--steps", "2", "--out")
+    first = run("prune", whole, *cut, "--step", "1", *way, tmp_path / "1")
+    assert first.exit_code == 0, first.err
+    second = run("prune", tmp_path / "1", *cut, "--step", "2", *way, tmp_path / "2")
+    assert second.exit_code == 0, second.err
+    sizes = [
+        json.loads((tmp_path / name / "pruning.json").read_text())["after"]
+        for name in ("once", "1", "2")
+    ]
+    assert sizes[0] == sizes[2]
+    assert sizes[0]["parameters"] < sizes[1]["parameters"]
+    beyond = run("prune", whole, *cut, "--step", "3", *way, tmp_path / "3")
+    assert (beyond.exit_code, beyond.err) == (1, "error: step: should be from 1 to 2, is 3\n")
+    alone = run("prune", whole, *cut, "--step", "1", "--out", tmp_path / "3")
+    assert "are needed together" in alone.err
+    nothing = run("prune", whole, *cut, "--step", "1", "--steps", "2", "--whole", tmp_path / "x",
+                  "--out", tmp_path / "3")  # fmt: skip
+    assert "is no checkpoint" in nothing.err
