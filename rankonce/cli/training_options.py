@@ -71,7 +71,12 @@ AdapterNameOption = Annotated[
 
 def size_option(*, default: str) -> Any:
     """Make the option of a size from scratch; the default is the text of --help alone."""
-    return typer.Option("--size", help="Size from scratch: 0.07m to 150m.", show_default=default)
+    return typer.Option(
+        "--size",
+        metavar="NAME|FOLDER",
+        help="Size from scratch: 0.07m to 150m, or a checkpoint whose shape and tokenizer to take.",
+        show_default=default,
+    )
 
 
 def check_start(model: str | None, size: str | None) -> None:

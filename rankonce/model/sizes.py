@@ -5,10 +5,11 @@ tied embeddings, and share one tokenizer and one padded vocabulary, so that any 
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, Qwen3Config
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
 
 from rankonce.errors import ModelError
 
@@ -64,7 +65,9 @@ def build_model(size: str, *, seed: int, vocabulary_size: int = VOCABULARY_SIZE)
         ModelError: no size has this name.
     """
     if size not in SIZES:
-        raise ModelError(f"size: should be one of {', '.join(SIZES)}, is {size!r}")
+        raise ModelError(
+            f"size: should be one of {', '.join(SIZES)}, or a checkpoint's folder, is {size!r}"
+        )
     config = Qwen3Config(
         **SIZES[size].__dict__,
         vocab_size=vocabulary_size,
@@ -74,6 +77,26 @@ def build_model(size: str, *, seed: int, vocabulary_size: int = VOCABULARY_SIZE)
         eos_token_id=1,
         pad_token_id=2,
     )
+    return _build(config, seed)
+
+
+def build_like(folder: Path, *, seed: int) -> Any:
+    """Build a model with random weights in the shape of a checkpoint.
+
+    Raises:
+        ModelError: the folder holds no checkpoint.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"size: should be one of {', '.join(SIZES)}, or a checkpoint's folder, is {folder}: "
+            f"{error}"
+        ) from error
+    return _build(config, seed)
+
+
+def _build(config: Any, seed: int) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, attn_implementation="eager")

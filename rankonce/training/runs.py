@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from rankonce.errors import TrainingError
 from rankonce.model.adapters import fingerprint_base
 from rankonce.model.loading import load_model
-from rankonce.model.sizes import CONTEXT_TOKENS, build_model
+from rankonce.model.sizes import build_like, build_model
 from rankonce.prompts.encoding import TextEncoder
 from rankonce.prompts.rendering import Renderer
 from rankonce.prompts.tasks import Task, library_tasks
@@ -57,7 +57,8 @@ def run_stages(
 
     Args:
         name: of what is run, for the record.
-        size: what is built where no checkpoint is given.
+        size: what is built where no checkpoint is given: a name of ``SIZES``, or a checkpoint's
+            folder for random weights in its shape, with its tokenizer.
         model: a checkpoint to start from; without one a tokenizer is trained on the texts of all
             stages and a model of the size is built.
         evaluate: measures the model after each stage, on its valid requests or the last stage's.
@@ -180,6 +181,10 @@ def _write_start(
     """
     if (folder / "config.json").exists():
         return
+    if Path(size).is_dir():
+        network = build_like(Path(size), seed=seed)
+        save_model(folder, network, AutoTokenizer.from_pretrained(size))
+        return
     bytewise = Renderer(TextEncoder(train_tokenizer([" "], tasks)), max_prompt_tokens=2**31)
     texts = (text for source in sources for text in source.texts(bytewise))
     save_model(folder, build_model(size, seed=seed), train_tokenizer(texts, tasks))
@@ -190,4 +195,5 @@ def _load_start(folder: Path, model: str | None, adapter: AdapterConfig | None) 
     if model is not None:
         start = load_model(model, precision=adapter.precision if adapter else "fp32")
         return start.tokenizer, start.max_prompt_tokens
-    return AutoTokenizer.from_pretrained(folder), CONTEXT_TOKENS
+    limit = AutoConfig.from_pretrained(folder).max_position_embeddings
+    return AutoTokenizer.from_pretrained(folder), limit

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rankonce.errors import DataError, NumericsError, RankOnceError, TrainingError
+from rankonce.errors import DataError, ModelError, NumericsError, RankOnceError, TrainingError
 from rankonce.model.sizes import SIZES, build_model
 from rankonce.prompts.encoding import TextEncoder
 from rankonce.prompts.rendering import Renderer
@@ -318,6 +319,25 @@ def test_a_faulty_example_is_named(
     with pytest.raises(error, match=message):
         run_stages([finetune_stage(CONFIG)], path, tmp_path / "out", name="x", size="1m", seed=0)
     assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_run_from_scratch_can_take_the_shape_and_tokenizer_of_a_checkpoint(
+    tmp_path: Path,
+) -> None:
+    write_examples(tmp_path / "examples.jsonl", 6)
+    network, tokenizer = build_network("llama"), build_tokenizer()
+    network.save_pretrained(tmp_path / "shape")
+    tokenizer.save_pretrained(tmp_path / "shape")
+    out = run(tmp_path, "out", size=str(tmp_path / "shape"), seed=3)
+    start = AutoModelForCausalLM.from_pretrained(out / "start")
+    sizes = {name: weight.shape for name, weight in network.state_dict().items()}
+    assert {name: weight.shape for name, weight in start.state_dict().items()} == sizes
+    embedding = start.get_input_embeddings().weight
+    assert not torch.equal(embedding, network.get_input_embeddings().weight)
+    text = "What a film, 2001!"
+    assert AutoTokenizer.from_pretrained(out).encode(text) == tokenizer.encode(text)
+    with pytest.raises(ModelError, match="size: should be one of .*, or a checkpoint's folder"):
+        run(tmp_path, "none", size=str(tmp_path))
 
 
 def test_null_is_a_label_that_is_not_known(tmp_path: Path) -> None:
