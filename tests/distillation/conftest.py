@@ -15,5 +15,5 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Hold ``examples.jsonl`` and a trained ``teacher``."""
     folder = tmp_path_factory.mktemp("distillation")
     write_examples(folder / "examples.jsonl")
-    run(folder, "teacher", replace(CONFIG, dropout=0.0))
+    run(folder, "teacher", replace(SHORT, epochs=6))
     return folder

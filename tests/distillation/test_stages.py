@@ -19,18 +19,21 @@ from rankonce.errors import DataError, TrainingError
 from rankonce.evaluation.held_out import measure_held_out
 from rankonce.model.head import head_of
 from rankonce.model.loading import use_segment_attention
+from rankonce.model.sizes import build_model
 from rankonce.prompts.tasks import library_tasks
 from rankonce.training import loop
 from rankonce.training.data import read_examples, read_unlabelled
 from rankonce.training.loop import TrainConfig
 from rankonce.training.runs import run_stages
 from rankonce.training.stages import Stage, StageSource, Tasks, finetune_source
+from rankonce.training.tokenizer import train_tokenizer
 from tests.conftest import build_network, build_tokenizer
 from tests.distillation.conftest import SHORT
 from tests.training.test_gradients import build_examples
 from tests.training.test_loop import finetune_stage, stage_of, write_examples
 
 LEARNT = DistillConfig()
+WORDS = ("Heat", "Alien", "Up", "Solaris", "Fargo", "Brazil", "Casablanca", "M")
 
 
 def distil(folder: Path, out: Path, config: DistillConfig = LEARNT, **options: Any) -> Cost:
@@ -182,13 +185,14 @@ def test_hidden_states_of_another_tokenizer_or_width_are_refused(
 
 
 def test_teacher_and_student_need_no_common_tokenizer(folder: Path, tmp_path: Path) -> None:
-    build_network("llama").save_pretrained(tmp_path / "other")
-    tokenizer = build_tokenizer()
+    build_model("0.4m", seed=0).save_pretrained(tmp_path / "other")
+    texts = [f"{word} nights, {word} and its harbours" for word in WORDS for _ in range(9)]
+    tokenizer = train_tokenizer(texts, list(library_tasks().values()))
     tokenizer.save_pretrained(tmp_path / "other")
     teacher = LocalTeacher(folder / "teacher")
     assert tokenizer.get_vocab() != teacher.ranker.model.tokenizer.get_vocab()
     out = tmp_path / "out"
-    distil(folder, out, model=str(tmp_path / "other"), train=replace(SHORT, epochs=4))
+    distil(folder, out, model=str(tmp_path / "other"), train=replace(SHORT, epochs=14))
     examples = read_examples(folder / "examples.jsonl")
     student = LocalTeacher(out).ranker
 
@@ -225,31 +229,40 @@ def test_labels_of_unlabelled_requests_are_not_looked_at(folder: Path) -> None:
     assert {label for one in examples for label in one.labels} == {None}
 
 
-def test_a_teacher_of_few_labels_teaches_more_than_they_do(tmp_path: Path) -> None:
+def flip_labels(line: str, random: np.random.Generator) -> str:
+    data = json.loads(line)
+    flipped = {"Yes": "No", "No": "Yes"}
+    data["labels"] = [x if random.random() > 0.3 else flipped[x] for x in data["labels"]]
+    return json.dumps(data) + "\n"
+
+
+def test_a_teacher_of_few_noisy_labels_teaches_more_than_they_do(tmp_path: Path) -> None:
     """A few labelled requests make a teacher, which labels many more for a smaller student."""
-    write_examples(tmp_path / "all.jsonl", count=204)
+    write_examples(tmp_path / "all.jsonl", count=128)
     lines = (tmp_path / "all.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "examples.jsonl").write_text("".join(lines[:24]))
-    (tmp_path / "more.jsonl").write_text("".join(lines[24:144]))
-    (tmp_path / "valid.jsonl").write_text("".join(lines[144:]))
-    train = replace(SHORT, epochs=6, learning_rate=3e-3, max_tokens_per_pass=4000)
-    run_stages([finetune_stage(train)], tmp_path / "examples.jsonl", tmp_path / "teacher",
-               name="teacher", size="1m", seed=0)  # fmt: skip
+    random = np.random.default_rng(0)
+    noisy = [flip_labels(line, random) for line in lines[:24]]
+    (tmp_path / "examples.jsonl").write_text("".join(noisy))
+    (tmp_path / "more.jsonl").write_text("".join(lines[24:104]))
+    (tmp_path / "valid.jsonl").write_text("".join(lines[104:]))
+    data = tmp_path / "examples.jsonl"
+    train = replace(SHORT, max_steps=60, max_tokens_per_pass=4000)
+    teacher = replace(train, max_steps=48)
+    for name, size, config in (("teacher", "1m", teacher), ("alone", "0.4m", train)):
+        stages = [finetune_stage(config)]
+        run_stages(stages, data, tmp_path / name, name=name, size=size, seed=0)
 
     def load(path: Path, config: TrainConfig, tasks: Tasks) -> StageSource:
         more = [path.parent / "more.jsonl"]
         return finetune_source([path], config, tasks, unlabelled_paths=more)
 
-    few = replace(train, epochs=2)
-    stage = Stage(name="finetune", load=load, config=few)
+    stage = Stage(name="finetune", load=load, config=train)
     cost = distil(tmp_path, tmp_path / "student", stage=stage)
-    assert cost.num_calls == 144
-    run_stages([finetune_stage(few)], tmp_path / "examples.jsonl", tmp_path / "alone",
-               name="alone", size="0.4m", seed=0)  # fmt: skip
+    assert cost.num_calls == 104
     valid = read_examples(tmp_path / "valid.jsonl")
-    student, alone, teacher = (
-        measure_held_out(tmp_path / name, valid)["movie-like"]["auc"]
+    aucs = {
+        name: measure_held_out(tmp_path / name, valid)["movie-like"]["auc"]
         for name in ("student", "alone", "teacher")
-    )
-    assert library_tasks()["movie-like"].label_names == ("Yes", "No")
-    assert student > alone + 0.03, (student, alone, teacher)
+    }
+    # As many steps of as many labels; those of most requests come from the teacher alone.
+    assert aucs["student"] > aucs["alone"] + 0.03, aucs

@@ -336,7 +336,7 @@ def test_a_run_from_scratch_can_take_the_shape_and_tokenizer_of_a_checkpoint(
     assert not torch.equal(embedding, network.get_input_embeddings().weight)
     text = "What a film, 2001!"
     assert AutoTokenizer.from_pretrained(out).encode(text) == tokenizer.encode(text)
-    with pytest.raises(ModelError, match="size: should be one of .*, or a checkpoint's folder"):
+    with pytest.raises(ModelError, match=r"size: should be one of .*, or a checkpoint's folder"):
         run(tmp_path, "none", size=str(tmp_path))
 
 
