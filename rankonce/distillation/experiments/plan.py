@@ -38,7 +38,8 @@ class Rule(_Strict):
     """What would be believed, written down before it is measured.
 
     Attributes:
-        run, against: names of runs; every setting of the grid is compared, and all together.
+        run, against: names of runs, compared at every setting of the grid, and all together.
+        where: only settings with these values of the grid.
         metric: of ``scores``, such as ``auc``.
         above: holds if the whole 95 % interval of the difference lies above this.
         within: holds if the whole 90 % interval lies nearer to 0 than this (two one-sided tests at
@@ -48,6 +49,7 @@ class Rule(_Strict):
     name: str
     run: str
     against: str
+    where: Mapping[str, Value] = Field(default_factory=dict)
     metric: str = "auc"
     above: float | None = None
     within: float | None = Field(default=None, gt=0)
@@ -134,6 +136,13 @@ class Experiment(_Strict):
             raise ValueError(f"compare: should be a measure, is {self.compare!r}")
         if (self.baseline is not None or self.rules) and self.compare is None:
             raise ValueError("compare: should name the measure whose scores are compared")
+        for rule in self.rules:
+            for name, value in rule.where.items():
+                if value not in self.grid.get(name, ()):
+                    raise ValueError(
+                        f"rules: {rule.name}: where should name values of the grid, has "
+                        f"{name}={value!r}"
+                    )
         wanted = [self.baseline] if self.baseline is not None else []
         for name in [*wanted, *(one for rule in self.rules for one in (rule.run, rule.against))]:
             if name not in names:
@@ -274,20 +283,13 @@ def plan_experiment(
 def _expand(
     experiment: Experiment,
 ) -> Iterator[tuple[str, Mapping[str, Value], Mapping[str, Value]]]:
-    for run in experiment.runs:
-        own = {key: value for key, value in run.items() if key != "name"}
-        for values in itertools.product(*experiment.grid.values()):
-            settings = dict(zip(experiment.grid, values, strict=True))
-            yield (
-                str(run["name"]),
-                settings,
-                {
-                    **experiment.inputs,
-                    **experiment.variables,
-                    **settings,
-                    **own,
-                },
-            )
+    # Settings first: what was cut short has all runs of some settings, which can be compared.
+    for values in itertools.product(*experiment.grid.values()):
+        settings = dict(zip(experiment.grid, values, strict=True))
+        for run in experiment.runs:
+            own = {key: value for key, value in run.items() if key != "name"}
+            variables = {**experiment.inputs, **experiment.variables, **settings, **own}
+            yield str(run["name"]), settings, variables
 
 
 class _Fingerprints:

@@ -18,7 +18,7 @@ from rankonce.distillation.experiments.comparison import (
     compare_runs,
     judge,
 )
-from rankonce.distillation.experiments.plan import Experiment, Plan, Run
+from rankonce.distillation.experiments.plan import Experiment, Plan, Run, Value
 from rankonce.distillation.experiments.plots import draw_plot
 from rankonce.distillation.experiments.queue import RANKONCE, Device, Outcome, run_steps
 from rankonce.distillation.experiments.table import read_path, write_excel, write_parquet
@@ -154,7 +154,7 @@ def _compare(plan: Plan, outcomes: Mapping[str, Outcome]) -> tuple[list[Comparis
     experiment = plan.experiment
     if experiment.compare is None:
         return [], []
-    scores: dict[tuple[str, str], Path] = {}
+    found: list[tuple[Run, Path]] = []
     for run in plan.runs:
         outcome = outcomes[run.measures[experiment.compare]]
         path = outcome.folder / "scores.parquet"
@@ -163,21 +163,32 @@ def _compare(plan: Plan, outcomes: Mapping[str, Outcome]) -> tuple[list[Comparis
                 f"compare: {experiment.compare} should write {{scores}}; {path} is missing"
             )
         if outcome.failure is None:
-            settings = ", ".join(f"{key}={value}" for key, value in run.settings.items())
-            scores[run.name, settings] = path
+            found.append((run, path))
+
+    def scores(where: Mapping[str, Value]) -> dict[tuple[str, str], Path]:
+        return {
+            (run.name, ", ".join(f"{key}={value}" for key, value in run.settings.items())): path
+            for run, path in found
+            if where.items() <= run.settings.items()
+        }
+
+    def count_settings(where: Mapping[str, Value]) -> int:
+        return len(
+            {tuple(r.settings.items()) for r in plan.runs if where.items() <= r.settings.items()}
+        )
+
     others = [str(run["name"]) for run in experiment.runs if run["name"] != experiment.baseline]
     comparisons = [
         one
         for name in others
         if experiment.baseline is not None
-        for one in compare_runs(name, experiment.baseline, scores, metric="auc")
+        for one in compare_runs(name, experiment.baseline, scores({}), metric="auc")
     ]
-    num_settings = len({tuple(run.settings.items()) for run in plan.runs})
     verdicts = [
         judge(
             rule,
-            compare_runs(rule.run, rule.against, scores, metric=rule.metric),
-            num_settings=num_settings,
+            compare_runs(rule.run, rule.against, scores(rule.where), metric=rule.metric),
+            num_settings=count_settings(rule.where),
         )
         for rule in experiment.rules
     ]

@@ -37,8 +37,8 @@ def test_only_steps_that_a_run_needs_are_planned_and_each_once(tmp_path: Path) -
     plan = plan_experiment(read(tmp_path))
     assert [(run.name, dict(run.settings)) for run in plan.runs] == [
         ("teacher", {"seed": 1}),
-        ("teacher", {"seed": 2}),
         ("half", {"seed": 1}),
+        ("teacher", {"seed": 2}),
         ("half", {"seed": 2}),
     ]
     names = [step.name for step in plan.steps.values()]
@@ -117,6 +117,9 @@ def test_what_cannot_be_planned_is_named(
         ({"compare": "quality", "baseline": "hlf"}, "no run is called 'hlf'"),
         ({"compare": "quality", "rules": [{"name": "r", "run": "half", "against": "teacher"}]},
          "either above or within"),
+        ({"compare": "quality", "rules": [{"name": "r", "run": "half", "against": "teacher",
+                                           "above": 0, "where": {"seed": 3}}]},
+         "r: where should name values of the grid, has seed=3"),
         ({"steps": {"Small": "prune x"}}, "should be a word of a-z"),
         ({"steps": {"seed": "prune x"}}, "seed: should be an input, a variable or a step"),
         ({"measurs": {}}, "measurs: unknown field"),
