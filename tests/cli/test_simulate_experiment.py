@@ -17,6 +17,7 @@ from tests.cli.conftest import Run
 
 Command = Callable[..., Run]
 TASK = "song-newcomer"
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
 
 @pytest.fixture(scope="module")
@@ -148,3 +149,16 @@ def test_an_experiment_trains_prunes_and_judges(run: Command, tmp_path: Path) ->
     assert again.exit_code == 1
     assert "failed: small" in again.err
     assert "keep: should" in again.err
+
+
+@pytest.mark.parametrize("file", sorted(EXPERIMENTS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_experiment_that_comes_along_can_be_planned(
+    run: Command, tmp_path: Path, file: Path
+) -> None:
+    (tmp_path / "input").write_text("anything")
+    inputs = yaml.safe_load(file.read_text())["inputs"]
+    given = [word for name in inputs for word in ("--set", f"{name}={tmp_path / 'input'}")]
+    planned = run("experiment", file, *given, "--out", tmp_path / "out", "--dry-run")
+    assert planned.exit_code == 0, planned.err
+    runs, steps = (int(word) for word in planned.err.split() if word.isdigit())
+    assert len(planned.out.splitlines()) == steps > runs
