@@ -19,21 +19,21 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from rankonce.benchmarks.agreement import BARS, measure_arm
 from rankonce.benchmarks.command import describe
 from rankonce.benchmarks.pages import update_page
 from rankonce.benchmarks.precision_arms import ARMS, check_patterns, choose_arms, score_arms
-from rankonce.benchmarks.precision_requests import (
+from rankonce.benchmarks.precision_requests import read_ml_small
+from rankonce.benchmarks.precision_table import render
+from rankonce.errors import DataError, RankOnceError
+from rankonce.evaluation.agreement import BARS, measure_arm
+from rankonce.evaluation.labelled_requests import (
     LabelledRequest,
     check_requests,
     describe_requests,
-    read_ml_small,
     read_requests,
     read_tokens,
     write_tokens,
 )
-from rankonce.benchmarks.precision_table import render
-from rankonce.errors import DataError, RankOnceError
 from rankonce.model.loading import LoadedModel, load_model
 
 EMBEDDED_MODEL = Path(__file__).parents[1] / "embedded"

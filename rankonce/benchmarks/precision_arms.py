@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from rankonce.benchmarks.agreement import REFERENCES, Floats
 from rankonce.errors import DataError, ModelError, NumericsError
+from rankonce.evaluation.agreement import REFERENCES, Floats
 from rankonce.kernels.fp8_linear import fp8_linear, quantize_rows
 from rankonce.layout import PassPart, TokenizedRequest, plan_passes
 from rankonce.model.acceleration import accelerate_model
