@@ -23,6 +23,7 @@ from rankonce.cli.finetune import finetune
 from rankonce.cli.instruct import instruct
 from rankonce.cli.merge import merge
 from rankonce.cli.pretrain import pretrain
+from rankonce.cli.quantize import quantize
 from rankonce.cli.score import score
 from rankonce.cli.serve import serve
 from rankonce.cli.suite import suite
@@ -49,6 +50,7 @@ for command in (
     instruct,
     finetune,
     merge,
+    quantize,
     evaluate,
     calibrate,
     suite,
