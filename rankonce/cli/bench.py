@@ -333,3 +333,25 @@ def hot_path(
     typer.echo(
         json.dumps({k: record[k] for k in ("tokenising", "reading_ms", "writing_ms")}, indent=1)
     )
+
+
+@app.command()
+def quantization(
+    size: Annotated[
+        list[str] | None, typer.Option(help="0.07m to 150m; give several.", show_default="all")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Both arms are timed once a round.")] = 5,
+    output: Annotated[Path, typer.Option(dir_okay=False, help="JSON.")] = Path(
+        "results/quantization.json"
+    ),
+) -> None:
+    """Time passes in int8 on this CPU beside fp32."""
+    from rankonce.benchmarks.quantization import (
+        QuantizationBenchmark,
+        describe_quantization,
+        measure_quantization,
+    )
+    from rankonce.model.sizes import SIZES
+
+    options = QuantizationBenchmark(sizes=tuple(size or SIZES), rounds=rounds, output=output)
+    typer.echo(describe_quantization(measure_quantization(options)))
