@@ -66,7 +66,7 @@ def test_a_quantised_model_is_not_quantised_again(tmp_path: Path) -> None:
     again = QuantizationOptions(model=str(tmp_path / "q"), out=tmp_path / "r", scheme="fp8")
     with pytest.raises(ModelError, match=r"quantised already \(cpu-int8\)"):
         quantize_model(again)
-    with pytest.raises(ModelError, match="precision: .* is quantised already"):
+    with pytest.raises(ModelError, match=r"precision: .* is quantised already"):
         load_model(tmp_path / "q", device="cpu", precision="nf4")
 
 

@@ -141,7 +141,7 @@ class Int8Linear(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in kept.items():
             after = getattr(self, name)
-            if after is not None and after.dtype != before.dtype:
+            if before is not None and after.dtype != before.dtype:
                 setattr(self, name, before.to(after.device))
         return self
 

@@ -4,6 +4,7 @@ Without VNNI the libraries add two products in 16 bits, which saturate: 255·127
 7 bits keep every sum below (127·127·2), at the price of twice the rounding error of the inputs.
 """
 
+import warnings
 from functools import cache
 
 import torch
@@ -27,7 +28,12 @@ def pack_reduced(weight_ND: Tensor) -> torch.ScriptObject:
     """Lay a weight out for FBGEMM."""
     ones_N = torch.ones(len(weight_ND), dtype=torch.float64)
     zeros_N = torch.zeros(len(weight_ND), dtype=torch.int64)
-    weight = torch._make_per_channel_quantized_tensor(weight_ND.contiguous(), ones_N, zeros_N, 0)
+    with warnings.catch_warnings():
+        # PyTorch announces the end of its quantised tensors; FBGEMM takes nothing else.
+        warnings.simplefilter("ignore", UserWarning)
+        weight = torch._make_per_channel_quantized_tensor(
+            weight_ND.contiguous(), ones_N, zeros_N, 0
+        )
     packed: torch.ScriptObject = torch.ops.quantized.linear_prepack(weight, None)
     return packed
 
