@@ -37,7 +37,7 @@ def test_a_quantised_checkpoint_loads_and_keeps_the_ranking(tmp_path: Path, sche
 @pytest.mark.parametrize("scheme", ["fp8", "cpu-int8"])
 def test_packed_equals_separate_in_row_wise_checkpoints(tmp_path: Path, scheme: str) -> None:
     quantize_model(QuantizationOptions(model=MODEL, out=tmp_path / "q", scheme=scheme))
-    ranker = Ranker(load_model(tmp_path / "q", device="cpu"), RankerConfig(prefix_cache_mb=0))
+    ranker = Ranker(load_model(tmp_path / "q", device="cpu"), config=RankerConfig())
     assert len(list(row_layers(ranker.model.network))) == 4 * 7
     data = json.loads(DATA.read_text().splitlines()[0])
     packed = ranker.score(read_request(data)).candidates
