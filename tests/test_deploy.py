@@ -138,7 +138,7 @@ def test_the_autoscaler_asks_for_a_metric_that_exists() -> None:
     from rankonce.serving.metrics import EngineState
     from rankonce.serving.observations import QueueObserved
 
-    metrics = Metrics(version="0", model="tiny")
+    metrics = Metrics(version="0", models=["tiny"])
     metrics.watch(EngineState(model="tiny", queue=QueueObserved, caches=dict))
     (metric,) = manifest("HorizontalPodAutoscaler")["spec"]["metrics"]
     assert f"# TYPE {metric['pods']['metric']['name']} gauge" in metrics.write().decode()

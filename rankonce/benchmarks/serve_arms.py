@@ -45,7 +45,12 @@ class Setup:
         """Make the process of a server, not started yet."""
         port = free_port()
         return ServerProcess(
-            self.command(server, port), port=port, log=log, environment=self._environment(server)
+            self.command(server, port),
+            port=port,
+            log=log,
+            # Ours answers before it is warm, and says so.
+            health="/ready" if server == "rankonce" else "/health",
+            environment=self._environment(server),
         )
 
     def version(self, server: str) -> str:

@@ -275,6 +275,12 @@ def serve(
         allow_adapter_loading=allow_adapter_loading,
     )
     _warn_of_exposure(host, operations)
+    if allow_adapter_loading and operations.keys is None and not _is_loopback(host):
+        raise typer.BadParameter(
+            f"lets whoever reaches {host} load any folder: give keys with --api-keys FILE, one "
+            "with the word adapters",
+            param_hint="--allow-adapter-loading",
+        )
     # A taken folder or port should be known before the weights are read.
     if data_dir is not None:
         DataFolder(data_dir).close()
@@ -344,11 +350,7 @@ def _stop_when_told() -> None:
 
 def _warn_of_exposure(host: str, operations: "OperationsConfig") -> None:
     """Say loudly what others on the network can do."""
-    try:
-        is_loopback = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        is_loopback = host == "localhost"
-    if not is_loopback and operations.keys is None:
+    if not _is_loopback(host) and operations.keys is None:
         logger.warning(
             "ANYONE WHO REACHES %s MAY ASK THIS SERVER: there are no API keys, give them with "
             "--api-keys FILE",
@@ -356,3 +358,10 @@ def _warn_of_exposure(host: str, operations: "OperationsConfig") -> None:
         )
     if operations.log_bodies:
         logger.warning("THE LOG SHOWS WHAT MEMBERS WROTE: --log-bodies is on")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -92,7 +92,7 @@ def create_app(
     operations = operations or OperationsConfig()
     models = Models(ranker, config)
     lifecycle = Lifecycle()
-    metrics = Metrics(version=__version__, model=models.model_name)
+    metrics = Metrics(version=__version__, models=[one.model_name for one in models.engines])
     for engine in models.engines:
         _watch(metrics, engine)
     tracing = None

@@ -2,7 +2,7 @@
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -38,7 +38,7 @@ from rankonce.serving.batches.config import BatchConfig
 from rankonce.serving.failures import ServingError, TooLargeError
 from rankonce.serving.logprobs import NextToken, next_tokens, write_chat, write_completion
 from rankonce.serving.observations import CacheObserved, Observations, QueueObserved, Stage
-from rankonce.serving.packing import PackedPrompts, pack_prompts
+from rankonce.serving.packing import EncodedPrompts, PackedPrompts, pack_prompts
 from rankonce.serving.prefixes import PreparedPrefixes
 from rankonce.serving.prompts import PromptReader
 from rankonce.serving.reranking import in_rerank_words, read_documents, write_rerank
@@ -54,7 +54,6 @@ from rankonce.serving.schemas import (
     WithLabels,
 )
 
-PromptList = list[str] | list[tuple[int, ...]]
 # What a prepared prefix says of a request, so that the request itself may not.
 _SAID_BY_PREFIX = ("task", "profile", "history", "examples", "time", "instruction")
 
@@ -269,11 +268,17 @@ class Engine:
     async def score(self, body: ScoreBody, *, cache_salt: str | None = None) -> ScoreAnswer:
         """Answer in SGLang's form."""
         adapter = self._choose(self._check_question(body.model, len(body.items), "items"))
-        prompts = _concatenate(body.query, body.items, item_first=body.item_first)
+        encode = partial(
+            self._reader.encode_concatenated,
+            body.query,
+            body.items,
+            "items",
+            item_first=body.item_first,
+        )
         whole = not body.apply_softmax
         with self._admit(body, cache_salt) as terms:
             tokens, usage = await self._read(
-                prompts, "items", body, terms, adapter=adapter, whole=whole
+                encode, "items", body, terms, adapter=adapter, whole=whole
             )
         return ScoreAnswer(
             scores=[[math.exp(logprob) for _, logprob in token.labels] for token in tokens],
@@ -288,14 +293,15 @@ class Engine:
         adapter = self._choose(self._check_question(body.model, len(body.items), "items"))
         encode = partial(
             self._reader.encode_joined,
+            body.query,
+            body.items,
             item_first=body.item_first,
             add_special_tokens=body.add_special_tokens,
         )
         whole = not body.apply_softmax
         with self._admit(body, cache_salt) as terms:
-            prompts = await self._batcher.run_text(encode, body.query, body.items)
             tokens, usage = await self._read(
-                prompts, "items", body, terms, adapter=adapter, whole=whole
+                encode, "items", body, terms, adapter=adapter, whole=whole
             )
         answer = GenerativeScoringAnswer(
             model=self._name_of(adapter),
@@ -314,10 +320,11 @@ class Engine:
     ) -> CompletionAnswer:
         """Answer in the form of OpenAI's completions."""
         adapter = self._choose(self._check_question(body.model, len(body.prompt), "prompt"))
+        encode = partial(self._reader.encode_all, body.prompt, "prompt")
         num_top = max(1, body.logprobs or 0)
         with self._admit(body, cache_salt) as terms:
             tokens, usage = await self._read(
-                body.prompt, "prompt", body, terms, adapter=adapter, num_top=num_top
+                encode, "prompt", body, terms, adapter=adapter, num_top=num_top
             )
             choices = await self._batcher.run_text(
                 self._write_choices, tokens, body, stage=Stage.ANSWER
@@ -332,12 +339,16 @@ class Engine:
         """Answer in the form of OpenAI's chat completions."""
         adapter = self._choose(self._check_question(body.model, 1, "messages"))
         turns = [(_ROLES.get(turn.role, turn.role), turn.content) for turn in body.messages]
-        encode = self.ranker.renderer.encoder.encode_chat
+        encode_chat = self.ranker.renderer.encoder.encode_chat
         num_top = body.top_logprobs or 0
         with self._admit(body, cache_salt) as terms:
-            prompt = await self._batcher.run_text(encode, turns)
             (token,), usage = await self._read(
-                [prompt], "messages", body, terms, adapter=adapter, num_top=max(1, num_top)
+                lambda: EncodedPrompts(head=(), tails=[encode_chat(turns)]),
+                "messages",
+                body,
+                terms,
+                adapter=adapter,
+                num_top=max(1, num_top),
             )
         wanted = body.logprobs or body.has_labels
         choice = ChatChoice(
@@ -450,7 +461,7 @@ class Engine:
 
     async def _read(
         self,
-        prompts: PromptList,
+        encode: Callable[[], EncodedPrompts],
         field: str,
         question: WithLabels,
         terms: Terms,
@@ -461,7 +472,7 @@ class Engine:
     ) -> tuple[list[NextToken], Usage]:
         """Read the next token of every prompt, in their order."""
         label_ids, packed = await self._batcher.run_text(
-            self._pack, prompts, field, question, adapter
+            self._pack, encode, field, question, adapter
         )
         requests = [replace(one, cache_salt=terms.cache_salt) for one in packed.requests]
         raws = await self._forward(requests, terms, label_mass=whole, num_top=num_top)
@@ -477,14 +488,18 @@ class Engine:
         return tokens, usage
 
     def _pack(
-        self, prompts: PromptList, field: str, question: WithLabels, adapter: str | None
+        self,
+        encode: Callable[[], EncodedPrompts],
+        field: str,
+        question: WithLabels,
+        adapter: str | None,
     ) -> tuple[list[int], PackedPrompts]:
         label_ids = list(question.label_token_ids or [])
         if question.labels is not None:
             label_ids = self._reader.label_ids(question.labels)
         elif label_ids:
             self._reader.check_ids(label_ids, "label_token_ids")
-        encoded = self._reader.encode_all(prompts)
+        encoded = encode()
         self._reader.check(encoded, field)
         # The head reads at least one label.
         return label_ids, pack_prompts(encoded, label_ids or [0], adapter=adapter)
@@ -513,14 +528,6 @@ def _unpack(
     for raw, places in zip(raws, packed.places, strict=True):
         tokens.update(zip(places, next_tokens(raw, label_ids, whole=whole), strict=True))
     return [tokens[place] for place in range(len(tokens))]
-
-
-def _concatenate(
-    query: str | tuple[int, ...], items: PromptList, *, item_first: bool
-) -> PromptList:
-    # The schema has seen that both are of one kind.
-    pairs = [(item, query) if item_first else (query, item) for item in items]
-    return [first + second for first, second in pairs]  # type: ignore[operator,return-value]
 
 
 def _with_answers(usage: Usage, num_answers: int) -> Usage:

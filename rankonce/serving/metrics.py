@@ -47,14 +47,15 @@ class EngineState(NamedTuple):
 class Metrics:
     """Counts questions, and everything that the engine reports."""
 
-    def __init__(self, *, version: str, model: str) -> None:
+    def __init__(self, *, version: str, models: Sequence[str]) -> None:
         self.registry = CollectorRegistry()
         self._states: list[EngineState] = []
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
         registry = self.registry
         info = Gauge("rankonce_info", "1; what runs.", ["version", "model"], registry=registry)
-        info.labels(version, model).set(1)
+        for model in models:
+            info.labels(version, model).set(1)
         self.ready = Gauge("rankonce_ready", "1 while /ready answers 200.", registry=registry)
         self.in_flight = Gauge(
             "rankonce_requests_in_flight", "Questions that are being answered.", registry=registry

@@ -12,6 +12,35 @@ from rankonce.layout import TokenizedRequest
 
 
 @dataclass(frozen=True, kw_only=True)
+class EncodedPrompts:
+    """Prompts as token ids, what all of them begin with kept once.
+
+    Attributes:
+        head: that beginning, as far as it is known without a look at the ids.
+        tails: the rest of each, which holds at least one token unless the prompt has none.
+    """
+
+    head: tuple[int, ...]
+    tails: list[tuple[int, ...]]
+
+    @classmethod
+    def join(
+        cls, query: tuple[int, ...], items: Sequence[tuple[int, ...]], *, item_first: bool
+    ) -> "EncodedPrompts":
+        """Put the ids of a query before or after those of every item."""
+        if item_first:
+            return cls(head=(), tails=[item + query for item in items])
+        if all(items):
+            return cls(head=query, tails=list(items))
+        return cls(head=query[:-1], tails=[query[-1:] + item for item in items])
+
+    @property
+    def whole(self) -> list[tuple[int, ...]]:
+        """Every prompt from its first token on."""
+        return [self.head + tail for tail in self.tails]
+
+
+@dataclass(frozen=True, kw_only=True)
 class PackedPrompts:
     """Prompts as requests.
 
@@ -27,35 +56,38 @@ class PackedPrompts:
 
 
 def pack_prompts(
-    prompts: Sequence[tuple[int, ...]], label_ids: Sequence[int], *, adapter: str | None = None
+    prompts: EncodedPrompts, label_ids: Sequence[int], *, adapter: str | None = None
 ) -> PackedPrompts:
     """Group prompts by their beginnings so that few tokens go through the model.
 
     In sorted order prompts that share a beginning are neighbours. Neighbours become one request
     where one beginning for all saves more tokens than several longer ones for some.
     """
-    keys = [np.array(ids, dtype=">u4").tobytes() for ids in prompts]
-    order = sorted(range(len(prompts)), key=keys.__getitem__)
-    arrays = [np.array(prompts[index]) for index in order]
-    shared = [_shared(one, other) for one, other in pairwise(arrays)]
+    head, tails = prompts.head, prompts.tails
+    keys = [np.array(ids, dtype=">u4").tobytes() for ids in tails]
+    order = sorted(range(len(tails)), key=keys.__getitem__)
+    arrays = [np.frombuffer(keys[index], dtype=">u4") for index in order]
+    shared = [len(head) + _shared(one, other) for one, other in pairwise(arrays)]
     labels = tuple((label_id,) for label_id in label_ids)
     requests, places = [], []
     for group in _group(shared):
         indices = order[group.first : group.last + 1]
+        first = tails[indices[0]]
         alone = len(indices) == 1
         # One that is like no other here may be like one of another question: all but its last token
         # is what the prefix cache can know.
-        begin = len(prompts[indices[0]]) - 1 if alone else group.shared
+        begin = len(first) - 1 if alone else group.shared - len(head)
         requests.append(
             TokenizedRequest(
-                prefix_ids=prompts[indices[0]][:begin],
-                segment_ids=tuple(prompts[index][begin:] for index in indices),
+                prefix_ids=head + first[:begin],
+                segment_ids=tuple(tails[index][begin:] for index in indices),
                 label_ids=labels,
                 adapter=adapter,
             )
         )
         places.append(indices)
-    return PackedPrompts(requests=requests, places=places, num_tokens=sum(map(len, prompts)))
+    num_tokens = len(head) * len(tails) + sum(map(len, tails))
+    return PackedPrompts(requests=requests, places=places, num_tokens=num_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)

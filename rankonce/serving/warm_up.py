@@ -5,7 +5,7 @@ numbers, before a client waits for that.
 """
 
 import logging
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -64,7 +64,7 @@ async def warm_up(engine: Engine) -> None:
 
 
 def _questions(engine: Engine, model: str) -> Iterator[tuple[str, Ask]]:
-    for task in choose_tasks(engine.ranker.tasks):
+    for task in choose_tasks(engine.ranker.tasks, pinned=engine.config.pinned_tasks):
         rank = rank_question(task, model=model)
         yield f"task {task.name}", partial(engine.rank, rank)
     rerank = RerankBody(query="warm-up", documents=_TEXTS, model=model)  # type: ignore[arg-type]
@@ -84,12 +84,15 @@ def _questions(engine: Engine, model: str) -> Iterator[tuple[str, Ask]]:
     yield "chat", partial(engine.chat, chat)
 
 
-def choose_tasks(tasks: dict[str, Task]) -> list[Task]:
-    """Choose the operator's own tasks, and one of the library for each kind of ranking value."""
+def choose_tasks(tasks: Mapping[str, Task], *, pinned: Sequence[str] = ()) -> list[Task]:
+    """Choose the tasks that the operator wrote or pinned, and one of each kind of ranking value.
+
+    The others of the library take the same way through the same kernels: only their words differ.
+    """
     library = library_tasks()
-    own = [task for name, task in tasks.items() if library.get(name) != task]
+    own = [task for name, task in tasks.items() if library.get(name) != task or name in pinned]
     kinds = {task.ranking.kind: task for task in reversed(list(library.values()))}
-    return [*own, *kinds.values()]
+    return [*own, *(task for task in kinds.values() if task not in own)]
 
 
 def rank_question(task: Task, *, model: str | None = None) -> RankBody:

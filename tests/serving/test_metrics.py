@@ -95,7 +95,7 @@ def test_failures_are_counted_by_their_cause(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_what_the_engine_reports_is_exported() -> None:
-    metrics = Metrics(version="0", model="tiny")
+    metrics = Metrics(version="0", models=["tiny"])
     metrics.on_pass(
         PassObserved(
             num_requests=2,
@@ -120,7 +120,7 @@ def test_what_the_engine_reports_is_exported() -> None:
 
 
 def test_engines_are_told_apart_by_their_models() -> None:
-    metrics = Metrics(version="0", model="one")
+    metrics = Metrics(version="0", models=["one", "other"])
     for number, model in enumerate(("one", "other"), start=1):
         metrics.watch(
             EngineState(
@@ -132,6 +132,8 @@ def test_engines_are_told_apart_by_their_models() -> None:
             )
         )
     seen = parse(metrics.write().decode())
+    for model in ("one", "other"):
+        assert seen[name("rankonce_info", model=model, version="0")] == 1
     assert seen[name("rankonce_queue_open", model="one")] == 1
     assert seen[name("rankonce_queue_open", model="other")] == 2
     assert seen[name("rankonce_cache_hits_total", cache="prefix", model="other")] == 20

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankonce.serving.packing import PackedPrompts, pack_prompts
+from rankonce.serving.packing import EncodedPrompts, PackedPrompts, pack_prompts
 from tests.serving.conftest import Served
 
 PROMPTS = st.lists(
@@ -21,9 +21,20 @@ def computed_tokens(packed: PackedPrompts) -> int:
     )
 
 
+def pack(prompts: list[tuple[int, ...]], head: tuple[int, ...] = ()) -> PackedPrompts:
+    return pack_prompts(EncodedPrompts(head=head, tails=prompts), [7])
+
+
+@given(PROMPTS, st.lists(st.integers(0, 2), max_size=5).map(tuple))
+def test_a_head_that_is_known_changes_nothing(
+    tails: list[tuple[int, ...]], head: tuple[int, ...]
+) -> None:
+    assert pack(tails, head) == pack([head + tail for tail in tails])
+
+
 @given(PROMPTS)
 def test_packed_prompts_are_the_prompts(prompts: list[tuple[int, ...]]) -> None:
-    packed = pack_prompts(prompts, [7])
+    packed = pack(prompts)
     found = {}
     for request, places in zip(packed.requests, packed.places, strict=True):
         assert request.label_ids == ((7,),)
@@ -36,24 +47,24 @@ def test_packed_prompts_are_the_prompts(prompts: list[tuple[int, ...]]) -> None:
 
 @given(PROMPTS)
 def test_packing_never_costs_tokens(prompts: list[tuple[int, ...]]) -> None:
-    packed = pack_prompts(prompts, [7])
+    packed = pack(prompts)
     assert packed.num_tokens == sum(map(len, prompts))
     assert computed_tokens(packed) <= packed.num_tokens
 
 
 def test_all_of_one_prompt_but_its_last_token_can_be_known() -> None:
-    (request,) = pack_prompts([(1, 2, 3)], [7]).requests
+    (request,) = pack([(1, 2, 3)]).requests
     assert request.prefix_ids == (1, 2)
     assert request.segment_ids == ((3,),)
 
 
 def test_prompts_that_share_nothing_are_separate_requests() -> None:
-    packed = pack_prompts([(1, 5), (2, 5), (3, 5)], [7])
+    packed = pack([(1, 5), (2, 5), (3, 5)])
     assert [one.prefix_ids for one in packed.requests] == [(1,), (2,), (3,)]
 
 
 def test_equal_prompts_share_all_but_the_last_token() -> None:
-    (request,) = pack_prompts([(1, 2, 3), (1, 2, 3)], [7]).requests
+    (request,) = pack([(1, 2, 3), (1, 2, 3)]).requests
     assert request.prefix_ids == (1, 2)
     assert request.segment_ids == ((3,), (3,))
 
@@ -66,19 +77,19 @@ def test_members_with_one_instruction_are_grouped_by_member() -> None:
         for candidate in range(10)
     ]
     random.Random(0).shuffle(prompts)
-    packed = pack_prompts(prompts, [7])
+    packed = pack(prompts)
     assert [len(request.prefix_ids) for request in packed.requests] == [250] * 3
     assert computed_tokens(packed) == 3 * (250 + 10)
 
 
 def test_single_prompts_with_one_instruction_share_it() -> None:
     prompts = [(*range(50), 100 + member, 200 + member) for member in range(5)]
-    (request,) = pack_prompts(prompts, [7]).requests
+    (request,) = pack(prompts).requests
     assert len(request.prefix_ids) == 50
 
 
 def test_a_conversation_that_grows_is_packed_whatever_its_length() -> None:
-    packed = pack_prompts([tuple(range(length)) for length in range(1, 3000)], [7])
+    packed = pack([tuple(range(length)) for length in range(1, 3000)])
     assert computed_tokens(packed) < packed.num_tokens / 2 + 3000
 
 

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from rankonce.errors import LabelError
+from rankonce.errors import LabelError, PromptTooLongError
 from rankonce.model.loading import prepare_model
 from rankonce.prompts.encoding import TextEncoder
 from rankonce.serving.prompts import PromptReader
@@ -55,8 +55,8 @@ def test_prompts_are_encoded_as_the_tokenizer_does(build: object) -> None:
     tokenizer = build()
     reader = read_with(tokenizer)
     expected = [tuple(tokenizer(text).input_ids) for text in TEXTS]
-    assert reader.encode_all(TEXTS) == expected
-    assert reader.encode_all(expected) == expected
+    assert reader.encode_all(TEXTS, "prompt").whole == expected
+    assert reader.encode_all(expected, "prompt").whole == expected
 
 
 def test_truncation_in_the_tokenizer_file_cuts_nothing(
@@ -72,7 +72,7 @@ def test_truncation_in_the_tokenizer_file_cuts_nothing(
     finally:
         sentencepiece.backend_tokenizer.no_truncation()
         sentencepiece.backend_tokenizer.no_padding()
-    assert reader.encode_all(["Is Heat a film?"]) == [expected]
+    assert reader.encode_all(["Is Heat a film?"], "prompt").whole == [expected]
 
 
 def test_a_token_keeps_the_space_before_it(sentencepiece: PreTrainedTokenizerFast) -> None:
@@ -97,3 +97,45 @@ def test_a_label_that_is_not_one_token_is_refused(
 ) -> None:
     with pytest.raises(LabelError, match="should be one token"):
         read_with(sentencepiece).label_ids([label])
+
+
+_QUERIES = ["", "Is Heat", "Is Heat a ", "Is Heat\na film?\n", "Yés <s> No Yes ", " Yes"]
+_ITEMS = ["", " ", "film? Yes", "Yes", "</s> No", "\n Yes"]
+
+
+@pytest.mark.parametrize("item_first", [False, True])
+@pytest.mark.parametrize("build", [build_sentencepiece_tokenizer, build_tokenizer])
+def test_texts_that_begin_alike_have_the_ids_of_whole_texts(
+    build: object, item_first: bool
+) -> None:
+    assert callable(build)
+    tokenizer = build()
+    reader = read_with(tokenizer)
+    for query in _QUERIES:
+        texts = [item + query if item_first else query + item for item in _ITEMS]
+        expected = [tuple(tokenizer(text).input_ids) for text in texts]
+        found = reader.encode_concatenated(query, _ITEMS, "items", item_first=item_first)
+        assert found.whole == expected
+        assert reader.encode_all(texts, "prompt").whole == expected
+
+
+def test_what_texts_begin_with_is_encoded_once() -> None:
+    reader = read_with(build_tokenizer())
+    query = "Is Heat a film? Is Up? " * 5
+    texts = [f"{query}{number} Yes" for number in range(9)]
+    num_shared = len(reader.encode_all([query.rstrip()], "prompt").whole[0])
+    for found in (
+        reader.encode_all(texts, "prompt"),
+        reader.encode_concatenated(query, texts, "items", item_first=False),
+    ):
+        assert len(found.head) == num_shared
+
+
+@pytest.mark.parametrize("item_first", [False, True])
+def test_a_query_that_is_too_long_is_refused_for_the_first_item(item_first: bool) -> None:
+    reader = read_with(build_tokenizer())
+    query = "Is Heat a film? " * reader.max_prompt_tokens
+    text = f"No{query}" if item_first else f"{query}No"
+    number = len(reader.encode_all([text], "items").whole[0])
+    with pytest.raises(PromptTooLongError, match=rf"items\[0\]: the prompt has {number} tokens"):
+        reader.encode_concatenated(query, ["No"] * 9, "items", item_first=item_first)

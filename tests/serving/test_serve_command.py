@@ -174,6 +174,14 @@ def test_others_on_the_network_without_keys_are_warned_of(
     assert ("ANYONE WHO REACHES" in capsys.readouterr().err) is is_warned
 
 
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "example.org"])
+def test_strangers_cannot_be_let_load_adapters(host: str) -> None:
+    # Refused before the port is taken: the name of this host is not even looked up.
+    result = CliRunner().invoke(app, ["--host", host, "--port", "0", "--allow-adapter-loading"])
+    assert result.exit_code == 2
+    assert "give keys with --api-keys" in " ".join(result.output.replace("│", " ").split())
+
+
 def test_a_fault_in_the_keys_is_told_before_the_model_is_loaded(tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text("search:short")

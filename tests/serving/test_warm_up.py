@@ -27,6 +27,9 @@ def test_the_operators_tasks_and_one_of_each_kind_are_chosen() -> None:
     chosen = choose_tasks({**library, "mine": own, "job-apply": changed})
     assert chosen[:2] == [changed, own]
     assert len(chosen) == 4
+    pinned = choose_tasks(dict(library), pinned=("movie-like", "job-apply"))
+    assert {"movie-like", "job-apply"} <= {task.name for task in pinned}
+    assert len({task.name for task in pinned}) == len(pinned)
 
 
 @pytest.mark.parametrize(("chat", "num_questions"), [(False, 6), (True, 7)])

@@ -60,9 +60,7 @@ def gated_activation_reference(
 
 
 def _normalize(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
-    wide = _widen(x)
-    mean_square = wide.square().mean(dim=-1, keepdim=True)
-    return wide * torch.rsqrt(mean_square + eps) * (_widen(weight) + offset)
+    return F.rms_norm(_widen(x), weight.shape, _widen(weight) + offset, eps)
 
 
 def _widen(x: Tensor) -> Tensor:
