@@ -1,7 +1,8 @@
 """``rankonce bench``: kernels and whole passes beside their limits, and the report of them."""
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -338,7 +339,8 @@ def hot_path(
 @app.command()
 def quantization(
     size: Annotated[
-        list[str] | None, typer.Option(help="0.07m to 150m; give several.", show_default="all")
+        list[str] | None,
+        typer.Option(help="0.07m to 150m; give several.", show_default="1m to 60m"),
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Both arms are timed once a round.")] = 5,
     output: Annotated[Path, typer.Option(dir_okay=False, help="JSON.")] = Path(
@@ -346,12 +348,24 @@ def quantization(
     ),
 ) -> None:
     """Time passes in int8 on this CPU beside fp32."""
+    from rich.console import Console
+    from rich.progress import Progress
+
     from rankonce.benchmarks.quantization import (
         QuantizationBenchmark,
         describe_quantization,
         measure_quantization,
     )
-    from rankonce.model.sizes import SIZES
 
-    options = QuantizationBenchmark(sizes=tuple(size or SIZES), rounds=rounds, output=output)
-    typer.echo(describe_quantization(measure_quantization(options)))
+    options = QuantizationBenchmark(rounds=rounds, output=output)
+    options = replace(options, sizes=tuple(size)) if size else options
+    with Progress(console=Console(stderr=True)) as progress:
+        lines: dict[str, Any] = {}
+
+        def on_pass(name: str, done: int, of: int) -> None:
+            if name not in lines:
+                lines[name] = progress.add_task(f"passes of {name}", total=of)
+            progress.update(lines[name], completed=done)
+
+        record = measure_quantization(options, on_pass=on_pass)
+    typer.echo(describe_quantization(record))

@@ -224,8 +224,14 @@ def quantize_layers(network: Any, scheme: str) -> list[str]:
         Names of the linear layers that were left.
 
     Raises:
-        ModelError: no layer can be taken.
+        ModelError: no layer can be taken, or experts share a tensor, which would stay as it is.
     """
+    for path, weight in network.named_parameters():
+        if weight.ndim > 2:
+            raise ModelError(
+                f"{type(network).__name__}: {path} holds experts in one tensor, which {scheme} "
+                "does not take; should be a decoder of linear layers"
+            )
     taken, left = quantizable_layers(network, scheme)
     if not taken:
         raise ModelError(
@@ -305,19 +311,21 @@ def _register_loader() -> None:
         return
 
     @register_quantization_config(_METHOD)
-    class RowConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    class RowConfig(QuantizationConfigMixin):
+        quant_method: Any
+
         def __init__(self, scheme: str, ignore: list[str], **_: Any) -> None:
             self.quant_method, self.scheme, self.ignore = _METHOD, scheme, ignore
 
     @register_quantizer(_METHOD)
-    class RowLoader(HfQuantizer):  # type: ignore[misc]
+    class RowLoader(HfQuantizer):
         is_trainable = False
 
         def is_serializable(self) -> bool:
             return False
 
         def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
-            settings = self.quantization_config
+            settings: Any = self.quantization_config
             taken, _left = quantizable_layers(model, settings.scheme)
             for path, linear in taken.items():
                 if path not in settings.ignore:
