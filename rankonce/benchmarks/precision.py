@@ -11,7 +11,6 @@ first label, 0 for another, null) where they are known.
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -34,6 +33,7 @@ from rankonce.evaluation.labelled_requests import (
     read_tokens,
     write_tokens,
 )
+from rankonce.evaluation.metrics import without_nan
 from rankonce.model.loading import LoadedModel, load_model
 
 EMBEDDED_MODEL = Path(__file__).parents[1] / "embedded"
@@ -123,7 +123,7 @@ def _measure(options: PrecisionOptions) -> dict[str, Any]:
         ],
         "environment": describe(str(model.device), commit=options.commit),
     }
-    return {name: _without_nan(part) for name, part in record.items()}
+    return {name: without_nan(part) for name, part in record.items()}
 
 
 def _read_input(
@@ -185,14 +185,6 @@ def _command(options: PrecisionOptions) -> str:
             text = str(one)
             words.append(f"{option} '{text}'" if set(text) & set("*? ") else f"{option} {text}")
     return " ".join(words)
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(part) for part in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 _OPTIONS = {

@@ -20,6 +20,7 @@ from rankonce.evaluation.labelled_requests import (
     describe_requests,
     read_requests,
 )
+from rankonce.evaluation.metrics import without_nan
 from rankonce.model.loading import LoadedModel, load_model
 from rankonce.model.precision import PRECISIONS, loading_options
 from rankonce.model.quantized import (
@@ -104,8 +105,8 @@ def quantize_model(
         requests = read_requests(options.data, model)
         check_requests(requests, model)
     before = _score(model, requests, lambda done, of: on_step("unquantised", done, of))
+    left = _write(options, model)
     del model
-    left = _write(options)
     # What is measured is what was written, as it loads again.
     quantized = load_model(options.out, device=options.device)
     after = _score(quantized, requests, lambda done, of: on_step("quantised", done, of))
@@ -122,7 +123,7 @@ def quantize_model(
         scores = {"unquantised": before, "quantised": after}
         record |= _accept(scores, requests, options.bars)
         record["requests"] = {"source": options.data.name, **describe_requests(requests)}
-    record = _without_nan(record)
+    record = without_nan(record)
     (options.out / RECORD_FILE).write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
     return record
 
@@ -158,16 +159,21 @@ def _accept(
     }
 
 
-def _write(options: QuantizationOptions) -> list[str]:
-    """Write weights, configuration and tokenizer; return the linear layers that were left."""
+def _write(options: QuantizationOptions, model: LoadedModel) -> list[str]:
+    """Write weights, configuration and tokenizer; return the linear layers that were left.
+
+    The model is used up.
+    """
     if options.scheme not in ROW_SCHEMES:
-        return _write_bitsandbytes(options)
-    # From the CPU and in the checkpoint's own dtype: what stays float keeps its bits.
-    precision = _own_precision(options.model)
-    model = load_model(options.model, device="cpu", precision=precision)
+        return _write_bitsandbytes(options, model.tokenizer)
+    # In the checkpoint's own dtype: what stays float keeps its bits. A CPU holds it in FP32, which
+    # lost none of them.
+    if model.device.type != "cpu":
+        model = load_model(options.model, device="cpu")
     model.acceleration.undo()
-    left = quantize_layers(model.network, options.scheme)
-    save_model(options.out, model.network, model.tokenizer, weights=stored_tensors(model.network))
+    network = model.network.to(PRECISIONS[_own_precision(options.model)].dtype)
+    left = quantize_layers(network, options.scheme)
+    save_model(options.out, network, model.tokenizer, weights=stored_tensors(network))
     path = options.out / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config["quantization_config"] = compressed_config(options.scheme, left)
@@ -177,11 +183,10 @@ def _write(options: QuantizationOptions) -> list[str]:
     return left
 
 
-def _write_bitsandbytes(options: QuantizationOptions) -> list[str]:
+def _write_bitsandbytes(options: QuantizationOptions, tokenizer: Any) -> list[str]:
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = PRECISIONS[_own_precision(options.model)].dtype
     precision = replace(PRECISIONS[options.scheme], dtype=dtype)
-    tokenizer = load_model(options.model, device="cpu").tokenizer
     network = AutoModelForCausalLM.from_pretrained(
         options.model, **loading_options(precision, device)
     )
@@ -215,11 +220,3 @@ def _weight_bytes(source: str | Path) -> int | None:
     """Bytes of the safetensors of a folder; ``None`` for a checkpoint of the hub."""
     files = list(Path(source).glob("*.safetensors"))
     return sum(file.stat().st_size for file in files) if files else None
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(part) for part in value]
-    return None if isinstance(value, float) and math.isnan(value) else value

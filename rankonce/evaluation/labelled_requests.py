@@ -76,12 +76,16 @@ def write_tokens(path: Path, requests: Iterable[LabelledRequest]) -> None:
 def read_requests(path: Path, model: LoadedModel) -> list[LabelledRequest]:
     """Read requests, and their labels where they have any, and render them for a model.
 
+    Lines that are tokenised already, as ``write_tokens`` writes them, are taken as they are.
+
     Raises:
         DataError: names the line and the field.
     """
     prepare = preparation(model)
 
     def read(data: Any) -> LabelledRequest:
+        if isinstance(data, dict) and "segment_ids" in data:
+            return _read_tokens_line(data)
         labels = data.pop("labels", None) if isinstance(data, dict) else None
         return prepare(data, labels)
 
