@@ -371,9 +371,7 @@ def head_precision(
         typer.Option(help="Random weights beside the embedded ranker's.", show_default="10m"),
     ] = None,
     requests: Annotated[int, typer.Option(min=1, help="Prefixes, the first ones.")] = 20,
-    candidates: Annotated[
-        int, typer.Option(min=2, help="Of each, drawn from the whole file.")
-    ] = 300,
+    candidates: Annotated[int, typer.Option(min=2, help="Of each, from the whole file.")] = 300,
     output: Annotated[Path, typer.Option(dir_okay=False, help="JSON.")] = Path(
         "results/head-precision.json"
     ),
