@@ -32,6 +32,7 @@ from rankonce.model.quantized import (
     check_stored,
     find_scheme,
     row_layers,
+    settle_dtype,
     settle_layers,
     stored_options,
     warn_refused,
@@ -186,6 +187,9 @@ def load_model(
             )
         settle_layers(network, chosen.dtype_on(device))
         network.config.quantization_config = kept_config
+    elif scheme in ("int8", "nf4"):
+        settle_dtype(network, chosen.dtype_on(device))
+    if scheme is not None:
         warn_refused(source)
     if "device_map" not in options:
         network = network.to(device)

@@ -297,6 +297,14 @@ def settle_layers(network: Any, dtype: torch.dtype) -> None:
             network.set_submodule(path, module.settle(dtype))
 
 
+def settle_dtype(network: nn.Module, dtype: torch.dtype) -> None:
+    """Cast what bitsandbytes left; transformers keeps the dtype of the files, whatever is asked."""
+    stored = network.get_input_embeddings().weight.dtype  # type: ignore[operator]
+    for parameter in network.parameters():
+        if parameter.dtype == stored:
+            parameter.data = parameter.data.to(dtype)
+
+
 def _register_loader() -> None:
     """Tell transformers how to read row-wise weights; once a process."""
     from transformers.quantizers.auto import (

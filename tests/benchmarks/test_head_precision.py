@@ -30,7 +30,7 @@ def test_a_rounded_head_gives_fewer_scores(tmp_path: Path, tokens_file: Path) ->
     for one in record["models"].values():
         ratio = {(h["head"], h["level"]): h["distinct_score_ratio"] for h in one["heads"]}
         assert ratio["fp32", 0.0] >= 0.98
-        assert ratio["bf16", 32.0] < ratio["fp16", 32.0] < ratio["fp32", 0.0]
+        assert ratio["bf16", 32.0] < ratio["fp16", 32.0] <= ratio["fp32", 0.0]
         assert ratio["bf16", 32.0] < ratio["bf16", 0.0]
     assert len(describe_heads(record).splitlines()) == 2 + 2 * 5
     plot_heads(tmp_path / "heads.png", record)

@@ -48,7 +48,8 @@ def test_the_table_holds_both_models_beside_the_bars(
         assert rows[name][0].strip() == f"{record['arms']['unquantised'][name]:.4f}"
         assert rows[name][1].strip() == f"{record['arms']['quantised'][name]:.4f}"
     assert rows["kendall_tau"][2].strip() == "0.9800"
-    assert record["bytes"]["after"] < 0.6 * record["bytes"]["before"]
+    # From fp16, whose embeddings stay.
+    assert 0.5 < record["bytes"]["after"] / record["bytes"]["before"] < 0.75
     done = run(
         *("quantize", EMBEDDED_MODEL, "--to", "cpu-int8", "--out", tmp_path / "again"),
         *("--data", tokens, "--json"),

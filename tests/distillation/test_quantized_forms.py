@@ -41,7 +41,7 @@ def test_plain_transformers_gives_our_scores(written: Callable[[str], Path], sch
         for segment in tokens.segment_ids:
             logits_V = network(torch.tensor([[*tokens.prefix_ids, *segment]])).logits[0, -1]
             rows.append([logits_V[list(forms)].logsumexp(0) for forms in tokens.label_ids])
-    theirs_CL = torch.tensor(rows).log_softmax(dim=1)
+    theirs_CL = torch.tensor(rows).float().log_softmax(dim=1)
     # They round an input where we do, but for sums that differ in the last bit.
     torch.testing.assert_close(theirs_CL, ours_CL, atol=0.05, rtol=0)
     ours_C, theirs_C = (log_odds(one_CL.double().numpy()) for one_CL in (ours_CL, theirs_CL))
