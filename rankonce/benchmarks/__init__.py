@@ -2,5 +2,5 @@
 
 ``python -m rankonce.benchmarks`` runs where only PyTorch, transformers and Triton are installed:
 nothing here imports the ranker, the prompts, the datasets or the command line, but for
-``precision_requests``, which does so only to read requests that are not tokenised.
+``precision_requests`` and what reads requests that are not tokenised.
 """

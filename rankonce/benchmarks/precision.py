@@ -11,7 +11,6 @@ first label, 0 for another, null) where they are known.
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -19,21 +18,22 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from rankonce.benchmarks.agreement import BARS, measure_arm
 from rankonce.benchmarks.command import describe
 from rankonce.benchmarks.pages import update_page
 from rankonce.benchmarks.precision_arms import ARMS, check_patterns, choose_arms, score_arms
-from rankonce.benchmarks.precision_requests import (
+from rankonce.benchmarks.precision_requests import read_ml_small
+from rankonce.benchmarks.precision_table import render
+from rankonce.errors import DataError, RankOnceError
+from rankonce.evaluation.agreement import BARS, measure_arm
+from rankonce.evaluation.labelled_requests import (
     LabelledRequest,
     check_requests,
     describe_requests,
-    read_ml_small,
     read_requests,
     read_tokens,
     write_tokens,
 )
-from rankonce.benchmarks.precision_table import render
-from rankonce.errors import DataError, RankOnceError
+from rankonce.evaluation.metrics import without_nan
 from rankonce.model.loading import LoadedModel, load_model
 
 EMBEDDED_MODEL = Path(__file__).parents[1] / "embedded"
@@ -123,7 +123,7 @@ def _measure(options: PrecisionOptions) -> dict[str, Any]:
         ],
         "environment": describe(str(model.device), commit=options.commit),
     }
-    return {name: _without_nan(part) for name, part in record.items()}
+    return {name: without_nan(part) for name, part in record.items()}
 
 
 def _read_input(
@@ -185,14 +185,6 @@ def _command(options: PrecisionOptions) -> str:
             text = str(one)
             words.append(f"{option} '{text}'" if set(text) & set("*? ") else f"{option} {text}")
     return " ".join(words)
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(part) for part in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 _OPTIONS = {

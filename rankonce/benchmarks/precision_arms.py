@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from rankonce.benchmarks.agreement import REFERENCES, Floats
 from rankonce.errors import DataError, ModelError, NumericsError
+from rankonce.evaluation.agreement import REFERENCES, Floats
 from rankonce.kernels.fp8_linear import fp8_linear, quantize_rows
 from rankonce.layout import PassPart, TokenizedRequest, plan_passes
 from rankonce.model.acceleration import accelerate_model
@@ -29,6 +29,7 @@ from rankonce.model.packing import forward_pass, pack_pass
 from rankonce.model.prefix_cache import KeysValues
 
 _FP8_MULTIPLE = 16
+_ROUNDED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +39,8 @@ class Arm:
     Attributes:
         activations: ``fp32`` or ``bf16``: the dtype of all that is not quantised.
         fp8: quantise the linear layers but those that ``keep`` names.
-        head: ``fp32`` (ours), or ``bf16`` or ``fp8``: logits rounded to bf16 before log-softmax,
-            in the latter from a quantised hidden state and weight.
+        head: ``fp32`` (ours), or ``bf16``, ``fp16`` or ``fp8``: logits rounded to 16 bits before
+            log-softmax, in the last to bf16 from a quantised hidden state and weight.
         shift: added to the labels' logits before they are rounded.
     """
 
@@ -127,7 +128,7 @@ def score_arms(
                 model.network, "fp8" if body.fp8 else None, keep=body.keep
             )
             pieces: dict[str, list[list[Tensor]]] = {name: [[] for _ in requests] for name in heads}
-            for part, hidden_CD in _forward(model, requests, passes, bar.update):
+            for part, hidden_CD in forward_requests(model, requests, passes, bar.update):
                 label_ids = requests[part.request].label_ids
                 head = head_of(model.network)
                 largest_logit = max(largest_logit, _largest(head, hidden_CD, label_ids))
@@ -166,7 +167,7 @@ def head_logprobs(
 def _label_logits(
     head: Head, kind: str, hidden_CD: Tensor, ids: Sequence[int], shift: float = 0.0
 ) -> Tensor:
-    """Return the labels' logits, C x N: in bf16, or unrounded for the kind ``fp32``."""
+    """Return the labels' logits, C x N: rounded as the kind says, or not for ``fp32``."""
     weight_ND = head.weight_VD[list(ids)]
     bias_N = weight_ND.new_full((len(ids),), shift)
     if head.bias_V is not None:
@@ -181,10 +182,10 @@ def _label_logits(
             out_dtype=torch.bfloat16,
         )
         return logits_CN[:, : len(ids)]
-    if kind == "bf16":
-        hidden_CD, weight_ND = hidden_CD.bfloat16(), weight_ND.bfloat16()
-    logits_CN = hidden_CD.float() @ weight_ND.float().T + bias_N.float()
-    return logits_CN.bfloat16() if kind == "bf16" else logits_CN
+    dtype = _ROUNDED.get(kind, torch.float32)
+    hidden_CD, weight_ND = hidden_CD.to(dtype), weight_ND.to(dtype)
+    # The sum is kept in FP32 until it is rounded, as 16-bit products keep it.
+    return (hidden_CD.float() @ weight_ND.float().T + bias_N.float()).to(dtype)
 
 
 def _largest(head: Head, hidden_CD: Tensor, label_ids: Sequence[Sequence[int]]) -> float:
@@ -194,7 +195,7 @@ def _largest(head: Head, hidden_CD: Tensor, label_ids: Sequence[Sequence[int]]) 
 
 
 @torch.inference_mode()
-def _forward(
+def forward_requests(
     model: LoadedModel,
     requests: Sequence[TokenizedRequest],
     passes: Sequence[Sequence[PassPart]],

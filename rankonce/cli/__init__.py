@@ -27,6 +27,7 @@ from rankonce.cli.ladder import ladder
 from rankonce.cli.merge import merge
 from rankonce.cli.pretrain import pretrain
 from rankonce.cli.prune import prune
+from rankonce.cli.quantize import quantize
 from rankonce.cli.score import score
 from rankonce.cli.serve import serve
 from rankonce.cli.simulate import simulate
@@ -58,6 +59,7 @@ for command in (
     ladder,
     merge,
     prune,
+    quantize,
     evaluate,
     calibrate,
     suite,

@@ -1,7 +1,10 @@
 """``rankonce bench``: kernels and whole passes beside their limits, and the report of them."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -197,7 +200,6 @@ def training_options(
 ) -> None:
     """Measure what dropout by layer, SGD at the end and another schedule change, and memory."""
     import json
-    from dataclasses import replace
 
     from rankonce.benchmarks.training_options import (
         OptionsBenchmark,
@@ -257,7 +259,6 @@ def scaling(
 ) -> None:
     """Fit a law of loss by size and data, predict a point with it, then run that point."""
     import json
-    from dataclasses import replace
 
     from rankonce.benchmarks.scaling import ScalingStudy, measure_scaling
     from rankonce.benchmarks.scaling_report import check_picture, describe_scaling, plot_scaling
@@ -336,3 +337,81 @@ def hot_path(
     typer.echo(
         json.dumps({k: record[k] for k in ("tokenising", "reading_ms", "writing_ms")}, indent=1)
     )
+
+
+@app.command()
+def quantization(
+    size: Annotated[
+        list[str] | None,
+        typer.Option(help="0.07m to 150m; give several.", show_default="1m to 60m"),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Both arms are timed once a round.")] = 5,
+    output: Annotated[Path, typer.Option(dir_okay=False, help="JSON.")] = Path(
+        "results/quantization.json"
+    ),
+) -> None:
+    """Time passes in int8 on this CPU beside fp32."""
+    from rankonce.benchmarks.quantization import (
+        QuantizationBenchmark,
+        describe_quantization,
+        measure_quantization,
+    )
+
+    options = QuantizationBenchmark(rounds=rounds, output=output)
+    options = replace(options, sizes=tuple(size)) if size else options
+    with _progress("passes of") as on_pass:
+        record = measure_quantization(options, on_pass=on_pass)
+    typer.echo(describe_quantization(record))
+
+
+@app.command("head-precision")
+def head_precision(
+    file: Annotated[
+        Path, typer.Argument(exists=True, dir_okay=False, help="Requests, as text or tokenised.")
+    ],
+    size: Annotated[
+        list[str] | None,
+        typer.Option(help="Random weights beside the embedded ranker's.", show_default="10m"),
+    ] = None,
+    requests: Annotated[int, typer.Option(min=1, help="Prefixes, the first ones.")] = 20,
+    candidates: Annotated[int, typer.Option(min=2, help="Of each, from the whole file.")] = 300,
+    output: Annotated[Path, typer.Option(dir_okay=False, help="JSON.")] = Path(
+        "results/head-precision.json"
+    ),
+    plot: Annotated[Path | None, typer.Option(dir_okay=False, help="Picture.")] = None,
+) -> None:
+    """Compare 16-bit heads with the FP32 one over hundreds of candidates."""
+    from rankonce.benchmarks.head_precision import (
+        HeadPrecisionOptions,
+        describe_heads,
+        measure_heads,
+        plot_heads,
+        write_record,
+    )
+
+    quiet_transformers()
+    options = HeadPrecisionOptions(requests=file, num_requests=requests, num_candidates=candidates)
+    options = replace(options, sizes=tuple(size)) if size else options
+    with _progress("passes of") as on_pass:
+        record = measure_heads(options, on_pass=on_pass)
+    write_record(output, record)
+    if plot is not None:
+        plot_heads(plot, record)
+    typer.echo(describe_heads(record))
+
+
+@contextmanager
+def _progress(verb: str) -> Iterator[Callable[[str, int, int], None]]:
+    """Give a function that shows how much of what is done, one line for each name."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True)) as progress:
+        lines: dict[str, Any] = {}
+
+        def show(name: str, done: int, of: int) -> None:
+            if name not in lines:
+                lines[name] = progress.add_task(f"{verb} {name}", total=of)
+            progress.update(lines[name], completed=done)
+
+        yield show

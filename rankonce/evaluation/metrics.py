@@ -8,8 +8,10 @@ A metric that the rows do not define is nan; each docstring says when. Input tha
 (lengths that differ, scores that are not finite, labels outside 0..1) raises ``DataError``.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -257,3 +259,12 @@ def bootstrap(
     low, high = np.quantile(resampled, [(1 - middle) / 2, (1 + middle) / 2])
     error = float(resampled.std(ddof=1))
     return Estimate(value=value, standard_error=error, low=float(low), high=float(high))
+
+
+def without_nan(value: Any) -> Any:
+    """Return a record with ``None`` for numbers that are not finite, which JSON does not know."""
+    if isinstance(value, dict):
+        return {key: without_nan(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

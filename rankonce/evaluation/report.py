@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from rich.table import Table
 from rich.text import Text
 
+from rankonce.evaluation.metrics import without_nan
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationRow:
@@ -46,7 +48,7 @@ def to_markdown(rows: Sequence[EvaluationRow]) -> str:
 
 def to_json(rows: Sequence[EvaluationRow]) -> str:
     """Write the rows as a JSON list with full precision; what is not defined is null."""
-    return json.dumps([_without_nan(asdict(row)) for row in rows], indent=2, allow_nan=False)
+    return json.dumps([without_nan(asdict(row)) for row in rows], indent=2, allow_nan=False)
 
 
 def _metric_names(rows: Sequence[EvaluationRow]) -> list[str]:
@@ -65,9 +67,3 @@ def _cell(row: EvaluationRow, metric: str) -> str:
     if math.isnan(value):
         return "–"
     return f"{value:.4f}" if math.isnan(error) else f"{value:.4f} ± {error:.4f}"
-
-
-def _without_nan(value: object) -> object:
-    if isinstance(value, dict):
-        return {key: _without_nan(part) for key, part in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value

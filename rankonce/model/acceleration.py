@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from rankonce.errors import ModelError
 from rankonce.kernels.fp8_linear import Fp8Linear, QuantizedRows, fits_fp8
 from rankonce.kernels.fused_norm import Activation, gated_activation, norm_rope, rms_norm
+from rankonce.kernels.int8_linear import Int8Linear
 from rankonce.kernels.segment_attention import segment_attention
 from rankonce.model.attention import SegmentPass
 
@@ -321,26 +322,33 @@ class FastLayer:
 class Projection:
     """Linear layers over the same input as one product.
 
-    In FP8 the weight is a quantised copy. Otherwise the joined weight takes the layers' place in
-    memory and they become views of it, so that nothing is held twice; with gradients, and for
-    layers that are not plain (adapters, 8-bit and 4-bit weights), each layer is called by itself.
+    A float weight that FP8 quantises stays beside its quantised copy. Otherwise, and for layers
+    that are quantised already, the joined weight takes the layers' place in memory and they become
+    views of it, so that nothing is held twice; with gradients, and for layers of other libraries
+    (adapters, bitsandbytes), each layer is called by itself.
     """
 
     def __init__(self, linears: Sequence[Any], *, fp8: bool, joins: bool) -> None:
         self.linears = linears
         self.sizes = [linear.out_features for linear in linears]
         plain = all(_is_plain(linear) for linear in linears)
+        is_fp8 = all(isinstance(linear, Fp8Linear) for linear in linears)
+        self.is_stored = is_fp8 or all(isinstance(linear, Int8Linear) for linear in linears)
         self.fp8 = fp8 and plain and all(fits_fp8(linear) for linear in linears)
         self.product: Any = None
         if self.fp8:
             self.product = Fp8Linear.from_linear(_joined(linears))
+        elif self.is_stored:
+            self.fp8 = is_fp8
+            self.product = _joined_rows(linears)
         elif plain and joins and len(linears) > 1:
             self.product = _joined(linears)
             _become_views(linears, self.product)
 
     def __call__(self, rows: Rows) -> Any:
         """Return one matrix, or a tuple of them where there are several layers."""
-        if self.product is None or (torch.is_grad_enabled() and not self.fp8):
+        trains = torch.is_grad_enabled() and not (self.fp8 or self.is_stored)
+        if self.product is None or trains:
             parts = tuple(linear(rows) for linear in self.linears)
         else:
             parts = self.product(rows).split(self.sizes, dim=1)
@@ -362,6 +370,28 @@ def _joined(linears: Sequence[nn.Linear]) -> nn.Linear:
     return product
 
 
+def _joined_rows(linears: Sequence[Any]) -> Any:
+    """Join quantised layers that have the same input; they become views of the one product."""
+    first = linears[0]
+    if len(linears) == 1:
+        return first
+    # FP8 has no concatenation of its own on every device.
+    bits_ND = torch.cat([linear.values_ND.view(torch.int8) for linear in linears])
+    values_ND = bits_ND.view(first.values_ND.dtype)
+    scale_N = torch.cat([linear.scale_N for linear in linears])
+    has_bias = first.bias_N is not None
+    bias_N = torch.cat([linear.bias_N for linear in linears]) if has_bias else None
+    start = 0
+    for linear in linears:
+        rows = slice(start, start + linear.out_features)
+        linear.values_ND, linear.scale_N = values_ND[rows], scale_N[rows]
+        linear.bias_N = bias_N[rows] if bias_N is not None else None
+        start = rows.stop
+    if isinstance(first, Fp8Linear):
+        return Fp8Linear.from_rows(values_ND, scale_N, bias_N=bias_N, dtype=first.dtype)
+    return Int8Linear(values_ND, scale_N, bias_N)
+
+
 def _become_views(linears: Sequence[nn.Linear], product: nn.Linear) -> None:
     start = 0
     for linear in linears:
@@ -377,8 +407,8 @@ def _is_plain(module: Any) -> bool:
 
 
 def _is_products(module: Any) -> bool:
-    """Whether a layer is plain, alone or under adapters."""
-    return _is_plain(getattr(module, "base_layer", module))
+    """Whether a layer is a product of ours: plain, alone or under adapters, or in FP8."""
+    return isinstance(module, Fp8Linear) or _is_plain(getattr(module, "base_layer", module))
 
 
 def _select(rows: Rows, places_C: Tensor) -> Rows:
@@ -413,7 +443,11 @@ def _report(layers: list[FastLayer], kept: set[str], precision: str | None) -> l
         lines.append(f"{quantized} of {len(products)} products in FP8, kept by name: {names}")
         if any(not product.fp8 for product in products) and not kept:
             lines.append("products whose sizes are no multiples of 16 stay as they are")
-    if not all(_is_plain(linear) for product in products for linear in product.linears):
+    stored = sum(product.is_stored for product in products)
+    if stored:
+        lines.append(f"{stored} of {len(products)} products in the 8 bits of the checkpoint")
+    others = (product for product in products if not product.is_stored)
+    if not all(_is_plain(linear) for product in others for linear in product.linears):
         lines.append("layers that are not plain linears (adapters, 8 and 4 bits) run one by one")
     return lines
 

@@ -27,14 +27,24 @@ from rankonce.model.attention import ATTENTION_NAME, SegmentPass, register_segme
 from rankonce.model.head import Head, head_of
 from rankonce.model.packing import forward_pass, pack_pass
 from rankonce.model.precision import find_precision, loading_options, settle_4bit_layers
+from rankonce.model.quantized import (
+    ROW_SCHEMES,
+    check_stored,
+    find_scheme,
+    row_layers,
+    settle_dtype,
+    settle_layers,
+    stored_options,
+    warn_refused,
+)
 
 # Largest difference of logits between packed and separate, as a part of the largest logit.
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 # The same for 8-bit products: a difference in the last bit moves inputs by a whole step.
 _QUANTIZED_TOLERANCE = 1e-1
 _FP8_TAKES_NONE = (
-    "precision: fp8 takes no adapters, whose inputs would be quantised; merge one into a "
-    "checkpoint (rankonce merge), or choose another precision"
+    "precision: fp8 and cpu-int8 take no adapters, whose inputs would be quantised; merge one "
+    "into a checkpoint (rankonce merge), or choose another precision"
 )
 # What transformers raises for files that are missing, broken or hold values that make no sense.
 _UNUSABLE_FILES = (
@@ -134,11 +144,19 @@ def load_model(
     chosen = find_precision(precision, device)
     if adapters and chosen.fp8:
         raise ModelError(_FP8_TAKES_NONE)
-    options = loading_options(chosen, device)
     _check_device(device)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         _check_decoder_only(source, config, trust_remote_code)
+        scheme = find_scheme(config)
+        kept_config = getattr(config, "quantization_config", None)
+        if scheme is None or scheme == "other":
+            options = loading_options(chosen, device)
+        else:
+            check_stored(scheme, precision, chosen, source)
+            if adapters and scheme in ROW_SCHEMES:
+                raise ModelError(_FP8_TAKES_NONE)
+            options = stored_options(config, scheme, chosen, device)
         tokenizer = _load_tokenizer(source, trust_remote_code)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
@@ -161,14 +179,31 @@ def load_model(
             f"model: {source} lacks {len(missing)} weights of its architecture: "
             f"{', '.join(missing[:3])}"
         )
-    if chosen.bits is None:
+    if scheme in ROW_SCHEMES:
+        scales = [key for key in report["unexpected_keys"] if key.endswith("weight_scale")]
+        if scales:
+            raise ModelError(
+                f"model: {source} quantises layers that it cannot be read with: {scales[0]}"
+            )
+        settle_layers(network, chosen.dtype_on(device))
+        network.config.quantization_config = kept_config
+    elif scheme in ("int8", "nf4"):
+        settle_dtype(network, chosen.dtype_on(device))
+    if scheme is not None:
+        warn_refused(source)
+    if "device_map" not in options:
         network = network.to(device)
     if getattr(network, "is_loaded_in_4bit", False):
         settle_4bit_layers(network)
     # Before acceleration, which takes the linear layers as it finds them.
     added = add_adapters(network, adapters or {}, base=source)
     return prepare_model(
-        network.eval(), tokenizer, name=source, fp8=chosen.fp8, keep=keep, adapters=added
+        network.eval(),
+        tokenizer,
+        name=source,
+        fp8=chosen.fp8 and scheme is None,
+        keep=keep,
+        adapters=added,
     )
 
 
@@ -180,7 +215,7 @@ def add_adapter(model: LoadedModel, folder: str | Path, *, name: str) -> None:
     Raises:
         ModelError: the adapter does not fit or the model takes none; it is as before.
     """
-    if model.acceleration.is_fp8:
+    if model.acceleration.is_fp8 or any(row_layers(model.network)):
         raise ModelError(_FP8_TAKES_NONE)
     files = read_adapter(folder, name=name)
     check_base(files, model.name, fingerprint_base(model.name))
@@ -336,7 +371,7 @@ def check_packable(network: Any, head: Head) -> tuple[Acceleration, SegmentPass]
         )
     worst = float((packed - expected).abs().max() / expected.abs().max().clamp(min=1.0))
     tolerance = _TOLERANCE.get(head.weight_VD.dtype, 1e-4)
-    if getattr(network, "is_loaded_in_8bit", False):
+    if getattr(network, "is_loaded_in_8bit", False) or any(row_layers(network)):
         tolerance = max(tolerance, _QUANTIZED_TOLERANCE)
     if not worst <= tolerance:
         raise ModelError(

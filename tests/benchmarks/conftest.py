@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rankonce.benchmarks.precision_requests import LabelledRequest, write_tokens
+from rankonce.evaluation.labelled_requests import LabelledRequest, write_tokens
 from rankonce.layout import TokenizedRequest
 
 

@@ -11,13 +11,13 @@ import pytest
 from typer.testing import CliRunner
 
 from rankonce import ranker
-from rankonce.benchmarks.agreement import BARS
 from rankonce.benchmarks.precision import EMBEDDED_MODEL, PrecisionOptions, main, run_precision
 from rankonce.benchmarks.precision_arms import ARMS
-from rankonce.benchmarks.precision_requests import LabelledRequest, read_tokens, write_tokens
 from rankonce.benchmarks.precision_table import render
 from rankonce.cli import app
 from rankonce.errors import DataError, ModelError
+from rankonce.evaluation.agreement import BARS
+from rankonce.evaluation.labelled_requests import LabelledRequest, read_tokens, write_tokens
 from tests.benchmarks.conftest import tokens_of
 from tests.conftest import build_request, data_folder
 

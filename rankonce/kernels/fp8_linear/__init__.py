@@ -144,18 +144,29 @@ class Fp8Linear(nn.Module):
             ShapeError: sizes that ``fits_fp8`` refuses.
         """
         weight_ND, bias = linear.weight.detach(), linear.bias
-        # Built without storage: the quantised weight takes the places.
-        layer = cls(
-            linear.in_features,
-            linear.out_features,
-            bias=bias is not None,
-            dtype=weight_ND.dtype,
-            device="meta",
-        )
         quantized = quantize_rows(weight_ND)
-        layer.values_ND, layer.scale_N = quantized.values_TD, quantized.scale_T
-        layer.bias_N = None if bias is None else bias.detach().clone()
+        layer = cls.from_rows(
+            quantized.values_TD,
+            quantized.scale_T,
+            bias_N=None if bias is None else bias.detach().clone(),
+            dtype=weight_ND.dtype,
+        )
         return layer.train(linear.training)
+
+    @classmethod
+    def from_rows(
+        cls, values_ND: Tensor, scale_N: Tensor, *, bias_N: Tensor | None, dtype: torch.dtype
+    ) -> Self:
+        """Make a layer of a quantised weight, whose memory it takes over.
+
+        Raises:
+            ShapeError: sizes that ``fits_fp8`` refuses.
+        """
+        out_features, in_features = values_ND.shape
+        # Built without storage: the quantised weight takes the places.
+        layer = cls(in_features, out_features, bias=bias_N is not None, dtype=dtype, device="meta")
+        layer.values_ND, layer.scale_N, layer.bias_N = values_ND, scale_N, bias_N
+        return layer
 
     def forward(self, x: Tensor | QuantizedRows) -> Tensor:
         """Return ``...N`` for ``...D`` in its dtype, or TN for quantised rows in the layer's."""

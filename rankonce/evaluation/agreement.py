@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rankonce.benchmarks.precision_requests import LabelledRequest
-from rankonce.evaluation.metrics import auc, ndcg_at_k
+from rankonce.evaluation.labelled_requests import LabelledRequest
+from rankonce.evaluation.metrics import auc, expected_calibration_error, ndcg_at_k
 
 Floats = NDArray[np.float64]
 
@@ -49,28 +49,36 @@ class Comparison:
 
 
 def measure_arm(
-    name: str, scores: Mapping[str, Sequence[Floats]], requests: Sequence[LabelledRequest]
+    name: str,
+    scores: Mapping[str, Sequence[Floats]],
+    requests: Sequence[LabelledRequest],
+    *,
+    references: Sequence[str] = REFERENCES,
 ) -> dict[str, Any]:
     """Return the figures of one arm, its comparisons, and which bars it meets against bf16.
 
     Candidates with the same tokens count as one: at two places they may differ in the last bit.
+
+    Args:
+        scores: log P(label), C x L a request, by arm.
+        references: the arms that it is compared with.
     """
     firsts = [_first_places(one.tokens.segment_ids) for one in requests]
     texts = {
         arm: [logprobs_CL[places] for logprobs_CL, places in zip(parts, firsts, strict=True)]
         for arm, parts in scores.items()
-        if arm in (name, *REFERENCES)
+        if arm in (name, *references)
     }
     values = [log_odds(logprobs_CL) for logprobs_CL in texts[name]]
     distinct = sum(len(np.unique(value)) for value in values)
     measured: dict[str, Any] = {
         "distinct_score_ratio": distinct / sum(map(len, values)),
         "num_distinct_scores": len(np.unique(np.concatenate(values))),
-        **_label_metrics([log_odds(logprobs_CL) for logprobs_CL in scores[name]], requests),
+        **_label_metrics(scores[name], requests),
         "against": {},
     }
     ranked = [index for index, value in enumerate(values) if len(value) > 1]
-    for other in REFERENCES:
+    for other in references:
         if other != name:
             theirs, mine = ([texts[arm][index] for index in ranked] for arm in (other, name))
             measured["against"][other] = asdict(compare(theirs, mine))
@@ -143,18 +151,26 @@ def kendall_tau(reference: Floats, other: Floats) -> float:
 
 
 def _label_metrics(
-    values: Sequence[Floats], requests: Sequence[LabelledRequest]
+    logprobs: Sequence[Floats], requests: Sequence[LabelledRequest]
 ) -> dict[str, float]:
     rows = [
-        (label, value, member)
-        for member, (scores, one) in enumerate(zip(values, requests, strict=True))
-        for label, value in zip(one.labels, scores.tolist(), strict=True)
+        (label, value, probability, member)
+        for member, (logprobs_CL, one) in enumerate(zip(logprobs, requests, strict=True))
+        for label, value, probability in zip(
+            one.labels,
+            log_odds(logprobs_CL).tolist(),
+            np.exp(logprobs_CL[:, 0]).tolist(),
+            strict=True,
+        )
         if label is not None
     ]
     if not rows:
         return {}
-    labels, scores, members = (np.array(column) for column in zip(*rows, strict=True))
+    labels, scores, probabilities, members = (
+        np.array(column) for column in zip(*rows, strict=True)
+    )
     return {
         "auc": auc(labels, scores),
+        "calibration_error": expected_calibration_error(labels, np.clip(probabilities, 0.0, 1.0)),
         "label_ndcg_at_1": ndcg_at_k(labels.astype(np.float64), scores, members, k=1),
     }

@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rankonce.benchmarks.agreement import compare, kendall_tau, measure_arm, top_agreement
-from rankonce.benchmarks.precision_requests import LabelledRequest
+from rankonce.evaluation.agreement import compare, kendall_tau, measure_arm, top_agreement
+from rankonce.evaluation.labelled_requests import LabelledRequest
 from tests.benchmarks.conftest import tokens_of
 
 
