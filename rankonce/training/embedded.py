@@ -10,6 +10,7 @@ taste.
 import argparse
 import json
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rankonce.datasets.ml_small import add_histories, read_ml_small
 from rankonce.datasets.movielens import movie_examples, movie_rows
-from rankonce.errors import DataError
+from rankonce.errors import DataError, ModelError, RankOnceError
 from rankonce.records import ScoreRequest
 from rankonce.training.checkpoint import save_model
 
@@ -50,8 +51,15 @@ _MEMBERS: dict[str, dict[str, Sequence[str]]] = {
 
 
 def write_embedded(run: Path, data: Path, out: Path) -> None:
-    """Write the folder; existing files of the same names are replaced."""
-    network = AutoModelForCausalLM.from_pretrained(run, dtype=torch.float16)
+    """Write the folder; existing files of the same names are replaced.
+
+    Raises:
+        ModelError: ``run`` holds no finished model.
+    """
+    try:
+        network = AutoModelForCausalLM.from_pretrained(run, dtype=torch.float16)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"run: {run} holds no finished model: {error}") from error
     save_model(out, network, AutoTokenizer.from_pretrained(run))
     shutil.copy(data / "LICENSE.txt", out / "LICENSE-ml-small.txt")
     lines = [json.dumps(asdict(request)) for request in demo_requests(data)]
@@ -127,4 +135,7 @@ if __name__ == "__main__":
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    write_embedded(arguments.run, arguments.data, arguments.out)
+    try:
+        write_embedded(arguments.run, arguments.data, arguments.out)
+    except (RankOnceError, OSError) as error:
+        sys.exit(f"error: {error}")

@@ -5,6 +5,7 @@ python -m rankonce.training.ml1m FOLDER     how good the teacher is, as JSON
 
 import argparse
 import json
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import polars as pl
 from rankonce.datasets.movielens import movie_examples, movie_rows, read_rows
 from rankonce.datasets.statistics import read_labels, read_whole_numbers
 from rankonce.environment import describe_environment
+from rankonce.errors import RankOnceError
 from rankonce.records import TrainingExample
 from rankonce.training.catalogue import (
     Catalogue,
@@ -141,8 +143,8 @@ def measure_teacher(folder: Path) -> dict[str, dict[str, float]]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    record = {
-        **measure_teacher(parser.parse_args().folder),
-        "environment": describe_environment(),
-    }
-    print(json.dumps(record, indent=2))
+    try:
+        measured = measure_teacher(parser.parse_args().folder)
+    except RankOnceError as error:
+        sys.exit(f"error: {error}")
+    print(json.dumps({**measured, "environment": describe_environment()}, indent=2))
