@@ -269,7 +269,7 @@ def test_adapters_score_as_plain_peft_over_a_backbone_of_the_same_precision(
             torch.testing.assert_close(found, plain[name], atol=tolerance, rtol=0)
     for one, other in combinations(ALL, 2):
         assert float((plain[one] - plain[other]).abs().max()) > 1
-    with pytest.raises(ModelError, match="precision: fp8 takes no adapters"):
+    with pytest.raises(ModelError, match="precision: fp8 and cpu-int8 take no adapters"):
         Ranker.from_pretrained(base, device="cpu", adapters=folders, precision="fp8")
 
 
