@@ -11,7 +11,6 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +19,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 from safetensors import safe_open
 
 from rankonce.distillation.objective import DistillConfig
+from rankonce.distillation.pruning import PruneConfig, prune_checkpoint, step_of
 from rankonce.distillation.stages import Distillation
 from rankonce.distillation.store import ScoreStore
 from rankonce.distillation.teachers import find_teacher
@@ -51,6 +51,9 @@ class Rung:
         size: what is built from scratch.
         prune: fields of the pruning configuration.
         pruned_from: the model that is pruned.
+        steps: go to ``prune.keep`` in so many rungs, each pruned from the one before and trained
+            with the budget of ``train``: NAME-1, NAME-2 …
+        step: which of them a rung is; the ladder says so, the file does not.
         target, losses, temperature, teacher_share: see ``DistillConfig``; without a teacher the
             target is ``hard``.
         train: the budget, as settings of ``TrainConfig``, over those of the ladder.
@@ -62,6 +65,8 @@ class Rung:
     size: str | None = None
     prune: Mapping[str, Any] = field(default_factory=dict)
     pruned_from: Place = "previous"
+    steps: int = 1
+    step: int = 1
     target: str | None = None
     losses: Mapping[str, float] = field(default_factory=lambda: {"forward-kl": 1.0})
     temperature: float = 1.0
@@ -127,7 +132,7 @@ def read_ladder(path: Path) -> Ladder:
     except ValidationError as error:
         raise TrainingError(f"{path}: {describe_faults(error.errors())}") from error
     _check(ladder, path)
-    return _from_folder(ladder, path.parent)
+    return _in_steps(_from_folder(ladder, path.parent))
 
 
 def run_ladder(ladder: Ladder, out: Path) -> list[dict[str, Any]]:
@@ -203,6 +208,10 @@ def _check(ladder: Ladder, path: Path) -> None:
             raise TrainingError(f"{where}.size: belongs to init scratch, and to nothing else")
         if bool(rung.prune) != (rung.init == "pruned"):
             raise TrainingError(f"{where}.prune: belongs to init pruned, and to nothing else")
+        if rung.step != 1:
+            raise TrainingError(f"{where}.step: belongs to the ladder, steps to the file")
+        if rung.steps < 1 or (rung.steps > 1 and "keep" not in rung.prune):
+            raise TrainingError(f"{where}.steps: should be 1 or more, with a prune.keep to go to")
         try:
             needs = rung.distill_config.rule.takes_teacher
             if needs and rung.teacher is None:
@@ -236,6 +245,16 @@ def _from_folder(ladder: Ladder, folder: Path) -> Ladder:
         valid=places(ladder.valid),
         task_files=places(ladder.task_files),
     )
+
+
+def _in_steps(ladder: Ladder) -> Ladder:
+    """Make several rungs of one that is to be pruned in steps."""
+    rungs = [
+        replace(rung, name=f"{rung.name}-{step}" if rung.steps > 1 else rung.name, step=step)
+        for rung in ladder.rungs
+        for step in range(1, rung.steps + 1)
+    ]
+    return replace(ladder, rungs=tuple(rungs))
 
 
 def _note(folder: Path, ladder: Ladder, rung: Rung) -> None:
@@ -304,21 +323,17 @@ def _prune(
     tasks: Sequence[Task],
     examples: Sequence[TrainingExample],
 ) -> None:
+    whole = models[0 if rung.pruned_from == "first" else -rung.step]
+    source = whole if rung.step == 1 else models[-1]
     try:
-        pruning = import_module("rankonce.distillation.pruning")
-    except ImportError as error:
-        raise TrainingError(
-            f"rungs: {rung.name} starts pruned, which this RankOnce has no code for"
-        ) from error
-    try:
-        config = pruning.PruneConfig(**rung.prune)
+        config = PruneConfig(**rung.prune)
     except TypeError as error:
         raise TrainingError(f"rungs: {rung.name}: prune: {error}") from error
-    source = models[0 if rung.pruned_from == "first" else -1]
+    if rung.steps > 1:
+        config = step_of(whole, config, step=rung.step, steps=rung.steps)
     unfinished = out.with_name(".pruned")
     shutil.rmtree(unfinished, ignore_errors=True)
-    record = pruning.prune_checkpoint(source, unfinished, config, examples, tasks=tasks)
-    (unfinished / "pruned.json").write_text(json.dumps(dict(record), indent=2) + "\n")
+    prune_checkpoint(source, unfinished, config, examples, tasks=tasks)
     unfinished.rename(out)
 
 

@@ -133,6 +133,33 @@ def test_a_ladder_may_begin_with_a_teacher_and_be_toml(folder: Path, tmp_path: P
     assert rows[1]["steps"] == 2
 
 
+def test_a_rung_goes_down_in_pruned_steps(folder: Path, climbed: Path, tmp_path: Path) -> None:
+    text = _LADDER[: _LADDER.index("rungs:")] + (
+        f"teacher: {climbed / 'out' / 'rungs' / '1-large'}\n"
+        "rungs:\n"
+        "  - {name: half, init: pruned, prune: {keep: 0.5}, steps: 2, teacher: first,"
+        " train: {max_steps: 2}}\n"
+        "  - {name: once, init: pruned, prune: {keep: 0.5}, pruned_from: first, teacher: previous,"
+        " train: {max_steps: 2}}\n"
+    )
+    path = write_ladder(folder, tmp_path, text)
+    rows = run_ladder(read_ladder(path), tmp_path / "out")
+    assert [row["name"] for row in rows] == ["1-large", "half-1", "half-2", "once"]
+    counts = [row["parameters"] for row in rows]
+    # Both ways end in one shape, and each step keeps about the same share.
+    assert counts[2] == counts[3] <= 0.5 * counts[0]
+    assert 0.65 * counts[0] < counts[1] < 0.75 * counts[0]
+    rungs = tmp_path / "out" / "rungs"
+    record = json.loads((rungs / "2-half-2" / "pruned" / "pruning.json").read_text())
+    assert record["before"]["parameters"] == counts[1]
+    start = load_file(rungs / "2-half-2" / "pruned" / "model.safetensors")
+    end = load_file(rungs / "2-half-2" / "model.safetensors")
+    assert {name: weight.shape for name, weight in end.items()} == {
+        name: weight.shape for name, weight in start.items()
+    }
+    assert any(not torch.equal(end[name], start[name]) for name in start)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -141,6 +168,8 @@ def test_a_ladder_may_begin_with_a_teacher_and_be_toml(folder: Path, tmp_path: P
         ("teacher: previous}", "teacher: previous, init: pruned}", "size: belongs to init scratch"),
         ("size: 0.16m,", "init: pruned,", r"rungs\[1\].prune: belongs to init pruned"),
         ("size: 0.4m,", "size: 0.4m, teacher: first,", "there is none before it"),
+        ("size: 0.16m,", "size: 0.16m, steps: 2,", r"rungs\[1\].steps: should be 1 or more"),
+        ("size: 0.16m,", "size: 0.16m, step: 2,", r"rungs\[1\].step: belongs to the ladder"),
         ("name: middle", "name: large", "each name once"),
         ("two-logits", "three-logits", r"rungs\[2\]: target: should be one of"),
         ("epochs: 2}", "epoch: 2}", r"rungs\[0\]: .*epoch"),
