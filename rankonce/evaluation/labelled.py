@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-from rankonce.errors import DataError
+from rankonce.errors import DataError, RankOnceError
 from rankonce.evaluation.metrics import (
     bootstrap_over_members,
     distinct_score_ratio,
@@ -15,7 +15,7 @@ from rankonce.evaluation.metrics import (
 from rankonce.evaluation.report import EvaluationRow
 from rankonce.prompts.tasks import Task
 from rankonce.ranker import Ranker
-from rankonce.records import TrainingExample
+from rankonce.records import ScoreRequest, ScoreResult, TrainingExample
 
 # Of tasks that rank by one label, and of those that rank by grades.
 _BY_LABEL = (
@@ -61,7 +61,8 @@ def evaluate_examples(
         examples: with hard labels; candidates without a label or with a soft one are left out.
 
     Raises:
-        DataError: no candidate has a hard label, or a label is none of its task.
+        DataError: a request cannot be scored, no candidate has a hard label, or a label is none of
+            its task.
     """
     requests = [example.request for example in examples]
     tables: dict[str, pl.DataFrame] = {}
@@ -69,7 +70,7 @@ def evaluate_examples(
     for name, ranker in rankers.items():
         values: list[dict[str, object]] = []
         for number, (example, result) in enumerate(
-            zip(examples, ranker.score_many(requests), strict=True)
+            zip(examples, _score(ranker, requests), strict=True)
         ):
             if not tables:
                 tokens["computed_tokens"] += result.usage.computed_tokens
@@ -125,6 +126,18 @@ def evaluate_examples(
                 )
             )  # fmt: skip
     return LabelledEvaluation(rows=rows, differences=differences, tokens=tokens, scores=first)
+
+
+def _score(ranker: Ranker, requests: Sequence[ScoreRequest]) -> list[ScoreResult]:
+    try:
+        return list(ranker.score_many(requests))
+    except RankOnceError:
+        for number, request in enumerate(requests, start=1):
+            try:
+                ranker.prepare(request)
+            except RankOnceError as error:
+                raise DataError(f"request {number}: {error}") from error
+        raise
 
 
 def _worth(task: Task) -> dict[str, float]:

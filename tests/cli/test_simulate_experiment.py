@@ -107,6 +107,17 @@ def test_evaluate_wants_tables_or_examples(run: Command, tmp_path: Path) -> None
     )
 
 
+def test_a_request_that_cannot_be_scored_is_named(
+    run: Command, model: Path, tmp_path: Path
+) -> None:
+    rows = simulate(run, tmp_path / "test.jsonl", "test")
+    rows[1]["candidates"][0]["fields"]["title"] = "x " * 9000  # type: ignore[index]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = run("evaluate", "--model", model, "--examples", tmp_path / "long.jsonl")
+    assert done.exit_code == 1
+    assert done.err.startswith("error: request 2: candidates[0]: the prompt has")
+
+
 def test_an_experiment_trains_prunes_and_judges(run: Command, tmp_path: Path) -> None:
     simulate(run, tmp_path / "train.jsonl", "train")
     simulate(run, tmp_path / "test.jsonl", "test")

@@ -87,7 +87,7 @@ class Experiment(_Strict):
         runs: variables and inputs that a run sets, with its ``name``.
         grid: values of variables and inputs; every run is made with every combination.
         compare: the measure whose ``{scores}`` are compared.
-        baseline: the run that the others are compared with.
+        baseline: the run that the others are compared with, by ``metric``.
         rules: see ``Rule``.
     """
 
@@ -102,6 +102,7 @@ class Experiment(_Strict):
     grid: Mapping[str, Sequence[Value]] = Field(default_factory=dict)
     compare: str | None = None
     baseline: str | None = None
+    metric: str = "auc"
     rules: Sequence[Rule] = ()
     plots: Sequence[Plot] = ()
 

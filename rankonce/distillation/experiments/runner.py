@@ -182,7 +182,7 @@ def _compare(plan: Plan, outcomes: Mapping[str, Outcome]) -> tuple[list[Comparis
         one
         for name in others
         if experiment.baseline is not None
-        for one in compare_runs(name, experiment.baseline, scores({}), metric="auc")
+        for one in compare_runs(name, experiment.baseline, scores({}), metric=experiment.metric)
     ]
     verdicts = [
         judge(

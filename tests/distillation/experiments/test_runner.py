@@ -139,6 +139,15 @@ def test_rules_are_judged_over_all_settings(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_the_baseline_is_compared_by_the_metric_that_the_file_names(tmp_path: Path) -> None:
+    report = run(tmp_path, metric="uauc", grid={})
+    (one,) = report.comparisons
+    assert one.metric == "uauc"
+    assert one.estimate.value > 0
+    with pytest.raises(ExperimentError, match="metric: should be one of auc, uauc"):
+        run(tmp_path, metric="accuracy", grid={})
+
+
 def test_a_rule_without_all_its_runs_is_undecided(tmp_path: Path) -> None:
     runs = [{"name": "plain"}, {"name": "broken", "fail": True}]
     rules = [{"name": "r", "run": "broken", "against": "plain", "above": 0.0}]
