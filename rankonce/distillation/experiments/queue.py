@@ -172,7 +172,7 @@ def _run(step: Step, out: Path, device: Device, program: Sequence[str]) -> Outco
                 pass_fds=[lock],
                 check=False,
             ).returncode
-        seconds = time.monotonic() - start
+        seconds = round(time.monotonic() - start, 3)
         if code:
             return Outcome(step=step, folder=folder, failure=_describe(code, folder))
         answer = None
@@ -185,7 +185,7 @@ def _run(step: Step, out: Path, device: Device, program: Sequence[str]) -> Outco
             "name": step.name,
             "command": ["rankonce", *command],
             "device": device.name,
-            "seconds": round(seconds, 3),
+            "seconds": seconds,
             "environment": describe_environment(),
         }
         part = record.with_suffix(".part")
