@@ -58,14 +58,15 @@ def plot_serving(path: Path, record: Mapping[str, Any]) -> None:
     workloads = record["workloads"]
     figure = Figure(figsize=(5.5 * len(workloads), 4.2), layout="constrained")
     panels = figure.subplots(1, len(workloads), squeeze=False)[0]
+    names = list(dict.fromkeys(arm["arm"] for arm in record["arms"]))
     for axes, (name, shape) in zip(panels, workloads.items(), strict=True):
-        for number, arm in enumerate(a for a in record["arms"] if a["workload"] == name):
+        for arm in (a for a in record["arms"] if a["workload"] == name):
             known = sorted(
                 (step["rate"] * shape["num_candidates"], step["p99_ms"])
                 for step in arm.get("steps", ())
                 if step["p99_ms"] is not None
             )
-            color = f"C{number}"
+            color = f"C{names.index(arm['arm'])}"
             if known:
                 axes.plot(*zip(*known, strict=True), "o-", color=color, label=arm["arm"])
             elif "alone_candidates_per_s" in arm:

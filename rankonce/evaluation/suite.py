@@ -80,7 +80,7 @@ def run_suite(
         model: its name, for the report.
         trained_on: tasks that the model was trained on; ``None`` where nothing says.
         left_out: tasks without data, with the reason.
-        progress: show a bar on stderr.
+        progress: show a bar on stderr, or a line a task where that is no terminal.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -109,6 +109,8 @@ def run_suite(
             def tell(done: str, name: str = name) -> None:
                 bar.update(row, description=f"{name}: {done}", advance=1)
 
+            bar.update(row, description=f"{name}: reading")
+            started = time.monotonic()
             try:
                 report = _Measurement(scorer, name, load(), config, tell).report(group, arms)
             except Exception as error:  # one task's fault must not cost the figures of the others
@@ -117,6 +119,9 @@ def run_suite(
                 report = TaskReport(task=name, group=group, failure=reason)
             reports.append(report)
             bar.update(row, completed=(place + 1) * (1 + len(arms)))
+            if progress and not console.is_terminal:
+                took = time.monotonic() - started
+                console.print(f"{place + 1} of {len(loaders)}, {name}: {took:.0f} s", markup=False)
     return SuiteReport(
         model=model,
         trained_on=known,

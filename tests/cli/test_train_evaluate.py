@@ -1,6 +1,7 @@
 """``rankonce train`` and ``rankonce evaluate`` on a small dataset of planted taste."""
 
 import json
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from rankonce.evaluation.metrics import auc
 from rankonce.evaluation.protocols import score_rows
 from rankonce.model.loading import load_model
 from rankonce.ranker import Ranker
+from rankonce.training.recipes import RECIPES
 from tests.cli.conftest import Run
 
 Command = Callable[..., Run]
@@ -138,6 +140,31 @@ def test_a_recipe_trains_an_adapter_that_is_measured_over_its_backbone(
     adapted = measure("--model", model, "--adapter", adapter)
     assert adapted != backbone
     assert measure("--model", tmp_path / "films") == pytest.approx(adapted, abs=1e-6)
+
+
+def test_a_recipe_gives_data_and_settings_to_a_student(
+    run: Command, data: Path, model: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "student"
+    settings = ("max_steps=4", "averaging=0", "targets_per_step=32")
+    done = run(
+        *("distill", "--recipe", "ml1m", "--data", data, "--teacher", model, "--size", "0.07m"),
+        *("--store", tmp_path / "scores.sqlite", "--out", out),
+        *(part for setting in settings for part in ("--set", setting)),
+    )
+    assert done.exit_code == 0, done.err
+    record = json.loads((out / "stages" / "1-distill" / "run.json").read_text())
+    recipe = RECIPES["ml1m"]().stages[-1].config
+    assert record["config"]["learning_rate"] == recipe.learning_rate
+    assert record["config"]["max_steps"] == 4
+    assert "Measured on held-out" in (out / "README.md").read_text()
+    # The store holds what the teacher says of the examples of every step.
+    lines = (out / "stages" / "1-distill" / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line) for line in lines]
+    assert [line["step"] for line in steps if "loss" in line] == [1, 2, 3, 4]
+    with sqlite3.connect(tmp_path / "scores.sqlite") as store:
+        (count,) = store.execute("select count(*) from scores").fetchone()
+    assert count >= 4 * 32
 
 
 def test_an_unknown_recipe_is_named(run: Command, data: Path, tmp_path: Path) -> None:

@@ -21,7 +21,9 @@ from rankonce.model.head import head_of
 from rankonce.model.loading import use_segment_attention
 from rankonce.model.sizes import build_model
 from rankonce.prompts.tasks import library_tasks
+from rankonce.ranker import Ranker
 from rankonce.training import loop
+from rankonce.training.adapters import AdapterConfig
 from rankonce.training.data import read_examples, read_unlabelled
 from rankonce.training.loop import TrainConfig
 from rankonce.training.runs import run_stages
@@ -122,6 +124,40 @@ def test_a_second_readout_starts_as_the_first_and_learns_apart(tokenizer: Any) -
     assert float(network.model.layers[0].mlp.up_proj.weight.grad.abs().sum()) > 0
     head = network.lm_head.weight.grad
     assert head is None or not head.any()
+
+
+@pytest.mark.parametrize("target", ["soft", "two-logits"])
+def test_an_adapter_learns_from_the_teacher(folder: Path, tmp_path: Path, target: str) -> None:
+    base = tmp_path / "base"
+    build_network("llama", hidden_size=64, intermediate_size=128).save_pretrained(base)
+    build_tokenizer().save_pretrained(base)
+    out = tmp_path / "films"
+    distil(
+        folder,
+        out,
+        DistillConfig(target=target),
+        train=replace(SHORT, epochs=4, learning_rate=2e-2),
+        model=str(base),
+        adapter=AdapterConfig(name="films", rank=4),
+    )
+    requests = [one.request for one in read_examples(folder / "examples.jsonl")]
+
+    def distance(model: Path) -> float:
+        """Mean difference to what the teacher would say of the first answer, in probabilities."""
+        first, second = (
+            [
+                np.exp(one.log_probs["Yes"])
+                for result in Ranker.from_pretrained(folder).score_many(requests, progress=False)
+                for one in result.candidates
+            ]
+            for folder in (model, folder / "teacher")
+        )
+        return float(np.abs(np.subtract(first, second)).mean())
+
+    assert distance(out) < 0.8 * distance(base)
+    weights = load_file(out / "adapter_model.safetensors")
+    # The second read-out, and the backbone, stay where they are.
+    assert all(".lora_" in name for name in weights)
 
 
 def test_packed_lessons_are_those_of_separate_passes(tokenizer: Any) -> None:

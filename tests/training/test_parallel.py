@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from rankonce.cli import main
 from rankonce.errors import TrainingError
 from rankonce.ranker import Ranker
 from rankonce.training.checkpoint import is_finished, latest_checkpoint
 from rankonce.training.steps import share_passes, split_by_tokens
-from tests.conftest import build_request
+from tests.conftest import build_network, build_request, build_tokenizer
 from tests.training.parallel_runs import (
     CONFIG,
     SHARDINGS,
@@ -177,6 +178,32 @@ def test_the_command_line_trains_with_two_processes(tmp_path: Path) -> None:
     assert (
         Ranker.from_pretrained(tmp_path / "run").score(build_request(5)).distinct_score_ratio == 1
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_two_processes_distil_two_readouts_as_one_does(tmp_path: Path, sharding: str) -> None:
+    write_examples(tmp_path / "examples.jsonl", count=8)
+    build_network("qwen3").save_pretrained(tmp_path / "teacher")
+    build_tokenizer().save_pretrained(tmp_path / "teacher")
+    options = ("--target", "two-logits", "--set", "epochs=1", "--set", "targets_per_step=24")
+    paths = {"data": "examples.jsonl", "teacher": "teacher", "store": "scores.sqlite"}
+    arguments = ["distill", "--size", "0.07m", *options]
+    arguments += [part for name, to in paths.items() for part in (f"--{name}", str(tmp_path / to))]
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, "--out", str(tmp_path / "alone")])
+    assert ended.value.code == 0
+    both = ("--set", f"sharding={sharding}", "--out", str(tmp_path / "both"))
+    done = launch("-m", "rankonce.cli", *arguments, *both)
+    assert done.returncode == 0, done.stderr[-4000:]
+    # One process asked for all of it, the run of two found it in the store.
+    assert "teacher: 0 calls for 0 candidates" in done.stderr
+    stages = [tmp_path / name / "stages" / "1-distill" for name in ("both", "alone")]
+    assert losses(stages[0]) == pytest.approx(losses(stages[1]), rel=1e-5)
+    first, second = (load_file(stage / "model.safetensors") for stage in stages)
+    assert first.keys() == second.keys()
+    for name, weight in second.items():
+        torch.testing.assert_close(first[name], weight, atol=2e-5, rtol=1e-4)
 
 
 def test_one_process_has_nothing_to_shard_among(tmp_path: Path) -> None:

@@ -1,20 +1,26 @@
 """Steps over the devices at hand: each once, after what it needs, a process of its own.
 
+The processes are forked from one that has imported what most commands need: the imports of a
+command take seconds, and an experiment has hundreds of steps.
+
 OUT/steps/DIGEST/    out, what the step wrote; scores.parquet and stdout of a measure; log, what it
                      said on stderr; step.json once it has finished
 """
 
 import fcntl
+import importlib
 import json
+import multiprocessing
 import os
 import shutil
-import subprocess
-import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import connection
+from multiprocessing.reduction import DupFd
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -23,7 +29,16 @@ from rankonce.distillation.experiments.plan import Step
 from rankonce.environment import describe_environment
 from rankonce.errors import ExperimentError
 
-RANKONCE = (sys.executable, "-m", "rankonce.cli")
+RANKONCE = "rankonce.cli:main"
+_PRELOADED = [
+    "rankonce.cli",
+    "rankonce.ranker",
+    "rankonce.distillation.ladder",
+    "rankonce.evaluation.report",
+    "transformers.models.qwen3.modeling_qwen3",
+]
+# A start also looks after the other processes, and their codes can be read only once.
+_CODES = threading.Lock()
 # Of what a failed step said, so much is repeated.
 _LAST_LINES = 3
 
@@ -86,18 +101,19 @@ def run_steps(
     devices: Sequence[Device],
     *,
     ended: Callable[[Outcome], None],
-    program: Sequence[str] = RANKONCE,
+    program: str = RANKONCE,
 ) -> None:
     """Run steps; what has finished before is not run again, and a failure stops only its users.
 
     Args:
         steps: by digest.
         ended: is told of every step as it ends, from this thread.
-        program: what the commands are given to.
+        program: what the commands are given to, ``module:function``.
 
     Raises:
         ExperimentError: another process runs one of the steps.
     """
+    multiprocessing.set_forkserver_preload(_PRELOADED)
     free: SimpleQueue[Device] = SimpleQueue()
     for device in devices:
         free.put(device)
@@ -140,7 +156,7 @@ def _folder(out: Path, digest: str) -> Path:
     return out / "steps" / digest
 
 
-def _run(step: Step, out: Path, device: Device, program: Sequence[str]) -> Outcome:
+def _run(step: Step, out: Path, device: Device, program: str) -> Outcome:
     folder = _folder(out, step.digest)
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder) as lock:
@@ -159,19 +175,7 @@ def _run(step: Step, out: Path, device: Device, program: Sequence[str]) -> Outco
         names |= {"out": str(folder / "out"), "scores": str(folder / "scores.parquet")}
         command = [_fill(word, names) for word in step.command]
         start = time.monotonic()
-        with (folder / "stdout").open("wb") as stdout, (folder / "log").open("ab") as log:
-            log.write(f"$ rankonce {' '.join(command)}\n".encode())
-            log.flush()
-            code = subprocess.run(
-                [*program, *command],
-                stdin=subprocess.DEVNULL,
-                stdout=stdout,
-                stderr=log,
-                env={**os.environ, **device.environment},
-                # If we are killed and the step lives on, nobody else may take its folder.
-                pass_fds=[lock],
-                check=False,
-            ).returncode
+        code = _run_process(program, command, dict(device.environment), folder, lock)
         seconds = round(time.monotonic() - start, 3)
         if code:
             return Outcome(step=step, folder=folder, failure=_describe(code, folder))
@@ -192,6 +196,42 @@ def _run(step: Step, out: Path, device: Device, program: Sequence[str]) -> Outco
         part.write_text(json.dumps(finished, indent=2) + "\n")
         part.replace(record)
         return Outcome(step=step, folder=folder, seconds=seconds, answer=answer)
+
+
+def _run_process(
+    program: str, command: list[str], environment: dict[str, str], folder: Path, lock: int
+) -> int | None:
+    context = multiprocessing.get_context("forkserver")
+    with _CODES:
+        process = context.Process(
+            target=_run_command, args=(program, command, environment, folder, DupFd(lock))
+        )
+        process.start()
+    connection.wait([process.sentinel])
+    with _CODES:
+        process.join()
+    return process.exitcode
+
+
+def _run_command(
+    program: str, command: list[str], environment: dict[str, str], folder: Path, lock: Any
+) -> None:
+    """Run a step's command; in the process that was forked for it."""
+    # If the experiment is killed and the step lives on, nobody else may take its folder.
+    lock.detach()
+    os.environ.update(environment)
+    with (folder / "stdout").open("wb") as stdout, (folder / "log").open("ab") as log:
+        log.write(f"$ rankonce {' '.join(command)}\n".encode())
+        log.flush()
+        os.dup2(stdout.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    if (threads := environment.get("OMP_NUM_THREADS")) is not None:
+        # The variable was read when torch was imported.
+        import torch
+
+        torch.set_num_threads(int(threads))
+    module, _, function = program.partition(":")
+    getattr(importlib.import_module(module), function)(command)
 
 
 @contextmanager

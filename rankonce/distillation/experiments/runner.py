@@ -56,13 +56,13 @@ def run_experiment(
     *,
     tracker: Tracker | None = None,
     ended: Callable[[Outcome], None] = lambda _: None,
-    program: Sequence[str] = RANKONCE,
+    program: str = RANKONCE,
 ) -> Report:
     """Run what has not been run; write a row as soon as a run's last measure has ended.
 
     Args:
         ended: is told of every step as it ends.
-        program: what the steps' commands are given to.
+        program: what the steps' commands are given to, ``module:function``.
 
     Raises:
         ExperimentError: the folder belongs to another experiment, or a file cannot be written.

@@ -16,7 +16,13 @@ from rankonce.distillation.experiments.queue import Device
 from rankonce.distillation.experiments.runner import Report, run_experiment
 from rankonce.errors import ExperimentError
 
-PROGRAM = (sys.executable, str(Path(__file__).parent / "steps.py"))
+PROGRAM = "steps:main"
+
+
+@pytest.fixture(autouse=True)
+def _steps_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processes of steps get the path of this one."""
+    monkeypatch.syspath_prepend(Path(__file__).parent)
 
 
 def devices(folder: Path) -> list[Device]:
