@@ -25,7 +25,7 @@ from rankonce.serving.answers import (
     ScoreAnswer,
 )
 from rankonce.serving.engine import Engine, ServerConfig
-from rankonce.serving.failures import ServingError
+from rankonce.serving.failures import ServingError, UnknownModelError
 from rankonce.serving.schemas import (
     ChatBody,
     CompletionBody,
@@ -224,7 +224,7 @@ class Models:
                     await self._unload(served, body.lora_name)
                     return f"Success: LoRA adapter '{body.lora_name}' removed successfully."
         adapters = [name for one in self.engines for name in one.adapter_names]
-        raise _not_found("lora_name", body.lora_name, adapters)
+        raise UnknownModelError("lora_name", body.lora_name, adapters)
 
     async def _unload(self, served: _Served, name: str) -> None:
         adapters = served.engine.ranker.model.adapters
@@ -239,7 +239,7 @@ class Models:
 
     def _check_adapter(self, body: RankBody | PrefixBody) -> None:
         if body.adapter in self.find(body.model).ranker.model.adapters.leaving:
-            raise _not_found("adapter", str(body.adapter), self.names)
+            raise UnknownModelError("adapter", str(body.adapter), self.names)
 
     def _check_allowed(self) -> None:
         if not self.config.allow_adapter_loading:
@@ -267,11 +267,4 @@ class Models:
         for one in self._served:
             if model == one.engine.model_name or model in one.engine.adapter_names:
                 return one
-        raise _not_found("model", model, self.names)
-
-
-def _not_found(field: str, name: str, names: list[str]) -> ServingError:
-    served = ", ".join(map(repr, names)) or "none"
-    return ServingError(
-        404, f"{field}: there is no {name!r}, this server has {served}", code="model_not_found"
-    )
+        raise UnknownModelError("model", model, self.names)
