@@ -12,7 +12,6 @@ from rankonce.prompts.tasks import find_task
 from rankonce.ranker import PreparedRequest, Ranker
 from rankonce.records import ScoreRequest, ScoreResult
 from rankonce.serving.answers import (
-    AnyRerankAnswer,
     AssistantMessage,
     ChatAnswer,
     ChatChoice,
@@ -37,6 +36,7 @@ from rankonce.serving.packing import EncodedPrompts
 from rankonce.serving.passes import Passes
 from rankonce.serving.prefixes import PreparedPrefixes
 from rankonce.serving.prompts import PromptReader
+from rankonce.serving.rerank_shapes import AnyRerankAnswer, RerankBody
 from rankonce.serving.reranking import in_rerank_words, read_documents, write_rerank
 from rankonce.serving.results import ResultCache
 from rankonce.serving.schemas import (
@@ -45,7 +45,6 @@ from rankonce.serving.schemas import (
     GenerativeScoringBody,
     PrefixBody,
     RankBody,
-    RerankBody,
     ScoreBody,
 )
 
