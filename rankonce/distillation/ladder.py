@@ -30,7 +30,7 @@ from rankonce.prompts.tasks import Task, library_tasks, load_task
 from rankonce.records import TrainingExample, describe_faults
 from rankonce.training.checkpoint import is_finished
 from rankonce.training.loop import TrainConfig
-from rankonce.training.recipes import RECIPES
+from rankonce.training.recipes import RECIPES, find_recipe
 from rankonce.training.runs import run_stages
 from rankonce.training.stages import Stage, StageSource, Tasks, finetune_source
 
@@ -281,7 +281,7 @@ def _teacher_of(rung: Rung, models: Sequence[str]) -> str | None:
 def _stage(ladder: Ladder, rung: Rung) -> Stage:
     changes = {"seed": ladder.seed, **ladder.train, **rung.train}
     if ladder.recipe is not None:
-        stage = RECIPES[ladder.recipe]().stages[-1]
+        stage = find_recipe(ladder.recipe).stages[-1]
         return replace(stage, name="distill", config=replace(stage.config, **changes))
     takes_teacher = rung.distill_config.rule.takes_teacher
 
