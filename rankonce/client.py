@@ -22,9 +22,9 @@ from rankonce.serving.answers import (
     ErrorAnswer,
     ModelList,
     RankAnswer,
-    RerankAnswer,
     ScoreAnswer,
 )
+from rankonce.serving.rerank_shapes import RerankAnswer
 
 if TYPE_CHECKING:
     import httpx

@@ -150,11 +150,17 @@ class TrainingExample:
             for each name (a soft label), or ``None`` where it is not known.
         teacher: log P(label) by name as a teacher gives it for every candidate, ``None`` where it
             was not asked; ``None`` without a teacher.
+        source: the file and the line that it was read from, for messages.
     """
 
     request: ScoreRequest
     labels: tuple[str | Mapping[str, float] | None, ...]
     teacher: tuple[Mapping[str, float] | None, ...] | None = None
+    source: str | None = field(default=None, compare=False)
+
+    def place(self, number: int) -> str:
+        """Say where it stands: in its file, or as which example where it comes from none."""
+        return self.source or f"example {number}"
 
 
 @dataclass(frozen=True, kw_only=True)

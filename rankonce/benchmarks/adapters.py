@@ -5,7 +5,6 @@ that learns its own task alone. Beside the backbone stands one that went on lear
 as many examples as all adapters together: what more training does without adapters.
 """
 
-import json
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from rankonce.benchmarks.records import write_record
 from rankonce.datasets.domains import SIMULATED
 from rankonce.datasets.domains.platform import SimulatedExample, build_platform
 from rankonce.environment import describe_environment
@@ -86,8 +86,7 @@ def run_study(options: StudyOptions) -> str:
         "rows": rows,
         "environment": describe_environment(),
     }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(record, indent=2) + "\n")
+    write_record(options.output, record)
     return write_table(rows)
 
 

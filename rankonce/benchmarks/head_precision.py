@@ -5,7 +5,6 @@ A body in FP32 gives the hidden states once; heads that differ by their rounding
 models' labels lie at 15 to 30, where neighbouring numbers of bf16 are 0.06 to 0.125 apart.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,12 +181,6 @@ def describe_heads(record: Mapping[str, Any]) -> str:
                 f"| {head['distinct_score_ratio']:.4f} | {compared} |"
             )
     return "\n".join(lines)
-
-
-def write_record(path: Path, record: Mapping[str, Any]) -> None:
-    """Write the record as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
 
 
 def plot_heads(path: Path, record: Mapping[str, Any]) -> None:

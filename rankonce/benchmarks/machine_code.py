@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from rankonce.benchmarks.pages import update_page
+from rankonce.benchmarks.records import write_record
 from rankonce.environment import describe_environment
 from rankonce.errors import RankOnceError
 
@@ -189,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             record = compile_all(options.capability or (80, 90, 100), options.only)
         if options.output:
-            options.output.write_text(json.dumps(record, indent=1) + "\n")
+            write_record(options.output, record)
         if options.page:
             table = render(record)
             update_page(options.page, {"machine code": table}.get, example="machine code")

@@ -23,6 +23,7 @@ from rankonce.benchmarks.pages import update_page
 from rankonce.benchmarks.precision_arms import ARMS, check_patterns, choose_arms, score_arms
 from rankonce.benchmarks.precision_requests import read_ml_small
 from rankonce.benchmarks.precision_table import render
+from rankonce.benchmarks.records import write_record
 from rankonce.errors import DataError, RankOnceError
 from rankonce.evaluation.agreement import BARS, measure_arm
 from rankonce.evaluation.labelled_requests import (
@@ -91,8 +92,7 @@ def run_precision(options: PrecisionOptions) -> int:
         output = options.output or Path("results") / f"precision-{name}.json"
         output.parent.mkdir(parents=True, exist_ok=True)
         record = _measure(options)
-        text = json.dumps(record, indent=1, allow_nan=False)
-        output.write_text(f"{text}\n", encoding="utf-8")
+        write_record(output, record, allow_nan=False)
     table = render(record)
     print(table)
     if options.page is not None:

@@ -4,7 +4,6 @@ Members of MovieLens latest-small are split: train rows of some calibrate, held-
 members measure. Every arm cuts the same checkpoint to the same sizes.
 """
 
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
+from rankonce.benchmarks.records import write_record
 from rankonce.datasets.movielens import movie_examples, movie_rows
 from rankonce.distillation.pruning import PruneConfig, prune_checkpoint
 from rankonce.environment import describe_environment
@@ -83,8 +83,7 @@ def measure_pruning(study: PruningStudy) -> dict[str, Any]:
         "arms": found,
         "environment": describe_environment(),
     }
-    study.output.parent.mkdir(parents=True, exist_ok=True)
-    study.output.write_text(json.dumps(result, indent=1) + "\n")
+    write_record(study.output, result)
     return result
 
 

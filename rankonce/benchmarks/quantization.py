@@ -1,6 +1,5 @@
 """Passes in int8 on a CPU beside fp32: one model, taken in turns, so that ratios count."""
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 
+from rankonce.benchmarks.records import write_record
 from rankonce.environment import describe_environment
 from rankonce.kernels.int8_linear.cpu import cpu_path
 from rankonce.layout import PassPart, TokenizedRequest
@@ -72,7 +72,7 @@ def measure_quantization(
     options.output.parent.mkdir(parents=True, exist_ok=True)
     for size in options.sizes:
         record["sizes"][size] = _measure(size, options, on_pass)
-        options.output.write_text(json.dumps(record, indent=1) + "\n")
+        write_record(options.output, record)
     return record
 
 

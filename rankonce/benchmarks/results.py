@@ -1,13 +1,13 @@
 """The record of a run: environment, ceilings and rows, rewritten after every arm."""
 
 import json
-import os
 import re
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from rankonce.benchmarks.records import write_record
 from rankonce.benchmarks.roofline import Ceilings
 from rankonce.errors import DataError
 
@@ -108,15 +108,12 @@ def choose_path(folder: Path, chip: str, commit: str) -> Path:
 
 def save(path: Path, results: Results) -> None:
     """Write the file so that a kill leaves the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     record = asdict(results)
     record["rows"] = [
         {name: value for name, value in row.items() if value is not None and value != {}}
         for row in record["rows"]
     ]
-    draft = path.with_suffix(".part")
-    draft.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(draft, path)
+    write_record(path, record)
 
 
 def load(path: Path) -> Results:

@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import torch
 
+from rankonce.benchmarks.records import write_record
 from rankonce.benchmarks.scaling_law import Point, check_scipy, predict_loss
 from rankonce.benchmarks.training_options import (
     draw_simulated,
@@ -137,7 +138,7 @@ def measure_scaling(study: ScalingStudy) -> dict[str, Any]:
             **asdict(prediction),
         }
         record["warnings"] = find_warnings(record)
-        _write(study.output, record)
+        write_record(study.output, record)
         for warning in record["warnings"]:
             print(f"warning: {warning}", file=sys.stderr)
     for seed in study.seeds:
@@ -258,7 +259,7 @@ def _run_once(
             "seconds": time.perf_counter() - started,
         }
     )
-    _write(study.output, record)
+    write_record(study.output, record)
 
 
 def _prepare(
@@ -312,11 +313,3 @@ def _open_record(study: ScalingStudy, valid: Sequence[SimulatedExample]) -> dict
 
 def _entropy(shares: Sequence[float]) -> float:
     return -sum(share * math.log(share) for share in shares if share > 0)
-
-
-def _write(output: Path, record: Mapping[str, Any]) -> None:
-    """Replace the record whole, so that a run that is killed leaves one that can be read."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(output.name + ".part")
-    partial.write_text(json.dumps(record, indent=1) + "\n")
-    partial.replace(output)

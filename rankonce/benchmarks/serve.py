@@ -6,24 +6,24 @@ process.
 """
 
 import asyncio
-import json
 import math
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 
+from rankonce.benchmarks.records import describe_machine, write_record
 from rankonce.benchmarks.serve_arms import ARMS, READY_S, ServingArm, Setup
 from rankonce.benchmarks.serve_capacity import find_capacity
 from rankonce.benchmarks.serve_load import JSON_HEADERS, Call, LoadStep, run_step
+from rankonce.benchmarks.serve_models import load_offline_ranker
 from rankonce.benchmarks.serve_servers import ServerProcess, running
 from rankonce.benchmarks.serve_workloads import (
     LOAD_WORKLOADS,
@@ -31,9 +31,7 @@ from rankonce.benchmarks.serve_workloads import (
     LoadWorkload,
     LoadWriter,
 )
-from rankonce.environment import describe_environment
 from rankonce.errors import DataError
-from rankonce.ranker import Ranker, RankerConfig
 
 # Other engines agree with transformers to four decimals.
 TOLERANCE = 1e-3
@@ -110,29 +108,6 @@ def measure_serving(options: ServeBenchmark) -> dict[str, Any]:
                     measured.run(entry, save)
                     bars.finish_arm()
     return record
-
-
-def load_offline_ranker(model: Path) -> Ranker:
-    """Load the ranker whose scores every answer is compared with."""
-    return Ranker.from_pretrained(
-        model, device="cpu", config=RankerConfig(chat=False, prefix_cache_mb=0)
-    )
-
-
-def describe_machine() -> dict[str, Any]:
-    """Name what client and server share."""
-    return {
-        **describe_environment(),
-        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
-        "usable_cores": len(psutil.Process().cpu_affinity()),
-        "client": "on the machine of the server, a process of its own",
-    }
-
-
-def write_record(path: Path, record: Mapping[str, Any]) -> None:
-    """Write a record as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def greatest_difference(

@@ -1,4 +1,4 @@
-"""The checkpoint that servers of a load benchmark share."""
+"""The checkpoint that servers of a load benchmark share, and the ranker that judges them."""
 
 import tempfile
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from rankonce.model.sizes import build_model
-from rankonce.ranker import EMBEDDED_MODEL
+from rankonce.ranker import EMBEDDED_MODEL, Ranker, RankerConfig
 
 
 @contextmanager
@@ -30,3 +30,10 @@ def shared_checkpoint(model: Path, *, size: str | None, seed: int) -> Iterator[P
         build_model(size, seed=seed).save_pretrained(path)
         AutoTokenizer.from_pretrained(EMBEDDED_MODEL).save_pretrained(path)
         yield path
+
+
+def load_offline_ranker(model: Path) -> Ranker:
+    """Load the ranker whose scores every answer is compared with."""
+    return Ranker.from_pretrained(
+        model, device="cpu", config=RankerConfig(chat=False, prefix_cache_mb=0)
+    )

@@ -6,44 +6,30 @@ load, and memory must not grow.
 """
 
 import asyncio
-import math
 import random
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from rankonce.benchmarks.serve import describe_machine, load_offline_ranker, write_record
+from rankonce.benchmarks.records import describe_machine, write_record
 from rankonce.benchmarks.serve_arms import READY_S, Setup
 from rankonce.benchmarks.serve_capacity import Capacity, find_capacity
-from rankonce.benchmarks.serve_load import JSON_HEADERS, Call, LoadStep, percentile, run_step
+from rankonce.benchmarks.serve_load import JSON_HEADERS, LoadStep, percentile, run_step
+from rankonce.benchmarks.serve_models import load_offline_ranker
 from rankonce.benchmarks.serve_servers import ServerProcess, running
 from rankonce.benchmarks.soak_batches import BatchCounts, run_batch
-from rankonce.benchmarks.soak_memory import MemorySample, describe_memory
-from rankonce.benchmarks.soak_traffic import (
-    SOAK_WORKLOAD,
-    FaultyQuestion,
-    KnownQuestion,
-    declare_too_much,
-    send_too_much,
-    vanish,
-    write_faulty,
-    write_known,
-)
+from rankonce.benchmarks.soak_clients import INVALID_SHARE, TIMEOUT_S, VANISHING_SHARE, Clients
+from rankonce.benchmarks.soak_memory import describe_memory
+from rankonce.benchmarks.soak_supervision import Supervisor
+from rankonce.benchmarks.soak_tally import MAX_FAULTS_KEPT, Tally
+from rankonce.benchmarks.soak_traffic import SOAK_WORKLOAD, KnownQuestion, write_known
 
-_INVALID_SHARE = 0.1
-_VANISHING_SHARE = 0.05
-# Of the invalid ones; a body without a length costs as much as it has bytes.
-_DECLARED_SHARE, _CHUNKED_SHARE = 0.1, 0.01
-_SAMPLE_S = 1.0
-_TIMEOUT_S = 120.0
-_MAX_FAULTS_KEPT = 20
 _CAPACITY_STEP_S = 10.0
 _CAPACITY_REQUESTS = 50
 
@@ -80,32 +66,6 @@ class SoakBenchmark:
     output: Path = Path("results/soak.json")
 
 
-@dataclass(kw_only=True)
-class Tally:
-    """What became of the questions.
-
-    Attributes:
-        outcomes: number by kind of question and what came of it.
-        faults: what must not happen, in words; the first few.
-        num_faults: all of them.
-        worst_difference: greatest difference of a log-probability in a right answer.
-        latencies_ms: of right answers.
-    """
-
-    outcomes: Counter[str] = field(default_factory=Counter)
-    faults: list[str] = field(default_factory=list)
-    num_faults: int = 0
-    num_wrong: int = 0
-    worst_difference: float = 0.0
-    latencies_ms: list[float] = field(default_factory=list)
-
-    def blame(self, fault: str) -> None:
-        """Note what must not happen."""
-        self.num_faults += 1
-        if len(self.faults) < _MAX_FAULTS_KEPT:
-            self.faults.append(fault)
-
-
 def run_soak(options: SoakBenchmark) -> dict[str, Any]:
     """Run the soak and write its record.
 
@@ -123,8 +83,8 @@ def run_soak(options: SoakBenchmark) -> dict[str, Any]:
             "threads": options.setup.threads,
             "arguments": list(options.setup.arguments.get("rankonce", ())),
             "workload": asdict(SOAK_WORKLOAD),
-            "invalid_share": _INVALID_SHARE,
-            "vanishing_share": _VANISHING_SHARE,
+            "invalid_share": INVALID_SHARE,
+            "vanishing_share": VANISHING_SHARE,
         },
     }
     with tempfile.TemporaryDirectory() as folder:
@@ -170,25 +130,34 @@ class Soak:
         self.batches = BatchCounts()
         self._server = server
         self._known = known
-        self._faulty = write_faulty(known)
         self._options = options
         self._rate = rate
         self._draw = random.Random(options.seed)
-        self._memory: list[MemorySample] = []
-        self._lives = 0
-        # Start and end of the times in which the server was down; the last may have no end yet.
-        self._outages: list[tuple[float, float]] = []
-        self._num_deaths = 0
+        self._supervisor = Supervisor(
+            server, self.tally, seconds=self._seconds, kills=options.kills
+        )
+        self._clients = Clients(
+            server.url,
+            known,
+            self.tally,
+            self._supervisor,
+            draw=self._draw,
+            tolerance=options.tolerance,
+            max_body_mb=options.max_body_mb,
+        )
         self._began = 0.0
 
     async def run(self) -> None:
         """Send traffic for the time of the soak."""
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
         async with httpx.AsyncClient(
-            base_url=self._server.url, timeout=_TIMEOUT_S, limits=limits
+            base_url=self._server.url, timeout=TIMEOUT_S, limits=limits
         ) as client:
             self._began = time.monotonic()
-            beside = [asyncio.create_task(self._supervise()), asyncio.create_task(self._sample())]
+            beside = [
+                asyncio.create_task(self._supervisor.supervise(self._began)),
+                asyncio.create_task(self._supervisor.sample(self._began)),
+            ]
             ending = asyncio.Event()
             batches = asyncio.create_task(self._run_batches(client, ending))
             await self._send_all(client)
@@ -212,25 +181,21 @@ class Soak:
             "outcomes": dict(sorted(tally.outcomes.items())),
             "num_faults": tally.num_faults,
             "num_wrong": tally.num_wrong,
-            "faults": tally.faults + self.batches.faults[:_MAX_FAULTS_KEPT],
+            "faults": tally.faults + self.batches.faults[:MAX_FAULTS_KEPT],
             "worst_difference": tally.worst_difference,
             "p50_ms": p50_ms,
             "p99_ms": p99_ms,
             "kills": self._options.kills,
-            "deaths": self._num_deaths,
-            "outage_seconds": [round(end - start, 2) for start, end in self._outages],
+            "deaths": self._supervisor.num_deaths,
+            "outage_seconds": [round(end - start, 2) for start, end in self._supervisor.outages],
             "batches": asdict(self.batches) if self._options.batch_lines else None,
-            "memory": describe_memory(self._memory),
+            "memory": describe_memory(self._supervisor.memory),
             "is_clean": not tally.num_faults and self.batches.is_clean,
         }
 
     @property
     def _seconds(self) -> float:
         return 60 * self._options.minutes
-
-    @property
-    def _is_down(self) -> bool:
-        return bool(self._outages) and self._outages[-1][1] == math.inf
 
     async def _send_all(self, client: httpx.AsyncClient) -> None:
         from rich.console import Console
@@ -252,118 +217,10 @@ class Soak:
                     self._began + self._seconds
                 ):
                     await asyncio.sleep(departure - time.monotonic())
-                    group.create_task(self._send_one(client, departure))
+                    group.create_task(self._clients.send(client, departure))
                     told = f"{self.tally.outcomes.total()} asked, {self.tally.num_faults} faults"
                     elapsed = time.monotonic() - self._began
                     progress.update(bar, completed=elapsed, description=told)
-
-    async def _send_one(self, client: httpx.AsyncClient, departure: float) -> None:
-        kind = self._draw.random()
-        if kind < _INVALID_SHARE:
-            await self._send_faulty(client)
-        elif kind < _INVALID_SHARE + _VANISHING_SHARE:
-            await self._vanish()
-        else:
-            await self._send_known(client, departure)
-
-    async def _send_known(self, client: httpx.AsyncClient, departure: float) -> None:
-        question = self._draw.choice(self._known)
-        sent = time.monotonic()
-        answer = await _request(client, "POST", question.call)
-        if answer is None:
-            self._judge_silence("valid", sent)
-        elif answer.status_code in (429, 503) and "retry-after" in answer.headers:
-            self.tally.outcomes["valid: refused for load"] += 1
-        elif answer.status_code != 200:
-            self.tally.outcomes[f"valid: status {answer.status_code}"] += 1
-            self.tally.blame(f"{question.form}: {answer.status_code}: {answer.text[:200]}")
-        else:
-            difference = question.difference(answer.json())
-            if difference <= self._options.tolerance:
-                self.tally.outcomes["valid: right"] += 1
-                self.tally.worst_difference = max(self.tally.worst_difference, difference)
-                self.tally.latencies_ms.append(1000 * (time.monotonic() - departure))
-            else:
-                self.tally.outcomes["valid: wrong"] += 1
-                self.tally.num_wrong += 1
-                self.tally.blame(f"{question.form}: log-probabilities differ by {difference:.2g}")
-
-    async def _send_faulty(self, client: httpx.AsyncClient) -> None:
-        kind, sent = self._draw.random(), time.monotonic()
-        fault, expected = "too large a body", 413
-        some = self._draw.choice(self._known).call
-        status: int | None
-        try:
-            if kind < _DECLARED_SHARE:
-                status = await declare_too_much(self._server.url, some)
-            elif kind < _DECLARED_SHARE + _CHUNKED_SHARE:
-                size = (self._options.max_body_mb + 1) * 1_000_000
-                status = await send_too_much(self._server.url, some, num_bytes=size)
-            else:
-                question: FaultyQuestion = self._draw.choice(self._faulty)
-                fault, expected = question.fault, question.status
-                answer = await _request(client, question.method, question.call)
-                status = None if answer is None else answer.status_code
-        except OSError:
-            status = None
-        if status is None:
-            self._judge_silence(f"invalid, {fault}", sent)
-        elif status == expected:
-            self.tally.outcomes["invalid: refused"] += 1
-        elif status in (429, 503):
-            self.tally.outcomes["invalid: refused for load"] += 1
-        else:
-            self.tally.outcomes[f"invalid: status {status}"] += 1
-            self.tally.blame(f"{fault}: should be {expected}, was {status}")
-
-    async def _vanish(self) -> None:
-        sent = time.monotonic()
-        try:
-            await vanish(self._server.url, self._draw.choice(self._known).call, draw=self._draw)
-        except OSError:
-            self._judge_silence("vanishing", sent)
-        else:
-            self.tally.outcomes["vanished"] += 1
-
-    def _judge_silence(self, kind: str, sent: float) -> None:
-        """A question without an answer is excused if the server was down meanwhile."""
-        now = time.monotonic()
-        if any(start <= now and sent <= end for start, end in self._outages):
-            self.tally.outcomes[f"{kind.partition(',')[0]}: lost in an outage"] += 1
-        else:
-            self.tally.outcomes[f"{kind.partition(',')[0]}: no answer"] += 1
-            self.tally.blame(f"{kind}: no answer, and the server was not down")
-
-    async def _supervise(self) -> None:
-        """Kill the server at its times, and start it again whenever it is not there."""
-        kills = self._options.kills
-        times = [self._seconds / 3 * (number + 0.5) / kills for number in range(kills)]
-        while True:
-            if times and time.monotonic() - self._began >= times[0]:
-                del times[0]
-                await self._restart(by_us=True)
-            elif not self._server.is_running:
-                self._num_deaths += 1
-                self.tally.blame(f"the server ended by itself: {self._server.log_tail()[-500:]}")
-                await self._restart(by_us=False)
-            await asyncio.sleep(0.05)
-
-    async def _restart(self, *, by_us: bool) -> None:
-        self._outages.append((time.monotonic(), math.inf))
-        if by_us:
-            self._server.kill()
-        self._lives += 1
-        await asyncio.to_thread(self._server.start, timeout_s=READY_S)
-        self._outages[-1] = (self._outages[-1][0], time.monotonic())
-
-    async def _sample(self) -> None:
-        while True:
-            # A server that starts has no questions yet, and less memory.
-            if self._server.is_running and not self._is_down:
-                now = time.monotonic() - self._began
-                memory_mb = self._server.memory_mb()
-                self._memory.append(MemorySample(seconds=now, life=self._lives, mb=memory_mb))
-            await asyncio.sleep(_SAMPLE_S)
 
     async def _run_batches(self, client: httpx.AsyncClient, ending: asyncio.Event) -> None:
         """Have one batch after the other done until the traffic ends."""
@@ -398,7 +255,7 @@ def _find_capacity(url: str, known: Sequence[KnownQuestion], options: SoakBenchm
         print(f"capacity: {rate:.3g} requests/s: p99 {done.p99_ms} ms", file=sys.stderr)
         return done
 
-    with httpx.Client(base_url=url, timeout=_TIMEOUT_S) as client:
+    with httpx.Client(base_url=url, timeout=TIMEOUT_S) as client:
         began = time.perf_counter()
         for question in known[:6]:
             call = question.call
@@ -406,10 +263,3 @@ def _find_capacity(url: str, known: Sequence[KnownQuestion], options: SoakBenchm
             answer.raise_for_status()
         alone_rate = 6 / (time.perf_counter() - began)
     return find_capacity(measure, bound_ms=options.bound_ms, alone_rate=alone_rate, precision=0.2)
-
-
-async def _request(client: httpx.AsyncClient, method: str, call: Call) -> httpx.Response | None:
-    try:
-        return await client.request(method, call.path, content=call.body, headers=JSON_HEADERS)
-    except httpx.HTTPError:
-        return None

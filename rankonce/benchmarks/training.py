@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rankonce.benchmarks.records import write_record
 from rankonce.environment import describe_environment
 from rankonce.errors import DataError
 from rankonce.model.acceleration import accelerate_model
@@ -104,8 +105,7 @@ def measure_training(options: TrainingOptions) -> dict[str, Any]:
             for name, arm in arms.items()
         },
     }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(record, indent=1) + "\n")
+    write_record(options.output, record)
     return record
 
 

@@ -4,7 +4,6 @@ Every arm differs from the default in one thing and is trained with the same see
 weights, on the same requests in the same order; differences are paired by seed.
 """
 
-import json
 import statistics
 import sys
 import tempfile
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from rankonce.benchmarks.records import write_record
 from rankonce.benchmarks.training import demonstration_example
 from rankonce.datasets.domains import TASK_SOURCES
 from rankonce.datasets.domains.platform import Domain, SimulatedExample, build_platform
@@ -105,8 +105,7 @@ def measure_options(options: OptionsBenchmark) -> dict[str, Any]:
             trained = train_network(network, tokenizer, units, config=config, name=name)
             record["runs"].append({"arm": name, "seed": seed, **measure_labels(trained, valid)})
             record["minutes"] = (time.perf_counter() - started) / 60
-            options.output.parent.mkdir(parents=True, exist_ok=True)
-            options.output.write_text(json.dumps(record, indent=1) + "\n")
+            write_record(options.output, record)
     return record
 
 

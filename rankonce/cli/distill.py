@@ -12,26 +12,24 @@ from rankonce.cli.options import (
     quiet_transformers,
 )
 from rankonce.cli.training_options import (
-    AdapterNameOption,
-    LoraAlphaOption,
-    LoraDropoutOption,
-    LoraRankOption,
-    LoraTargetOption,
-    QloraOption,
+    BalanceOption,
     RunFolderOption,
     StartModelOption,
+    StylesOption,
     check_start,
-    read_adapter_config,
     read_loss,
     size_option,
+    takes_adapter,
+    tell_model,
 )
-from rankonce.errors import TrainingError
 
 if TYPE_CHECKING:
+    from rankonce.training.adapters import AdapterConfig
     from rankonce.training.loop import TrainConfig
     from rankonce.training.stages import Stage
 
 
+@takes_adapter
 def distill(
     data: Annotated[
         list[Path],
@@ -91,12 +89,8 @@ def distill(
             help="Change a setting of training, e.g. epochs=2; may be repeated.",
         ),
     ] = None,
-    task_temperature: Annotated[
-        float, typer.Option(min=1.0, help="Above 1, small tasks come more often.")
-    ] = 1.0,
-    styles: Annotated[
-        bool, typer.Option("--styles", help="Draw one of its task's wordings for every example.")
-    ] = False,
+    task_temperature: BalanceOption = 1.0,
+    styles: StylesOption = False,
     seed: Annotated[
         int | None, typer.Option(min=0, help="Of everything.", show_default="0, or the recipe's")
     ] = None,
@@ -116,12 +110,7 @@ def distill(
         int, typer.Option(min=1, help="Requests under way at once at a server.")
     ] = 16,
     timeout_s: Annotated[float, typer.Option(min=0.1, help="For one answer of a server.")] = 60.0,
-    lora_rank: LoraRankOption = None,
-    lora_alpha: LoraAlphaOption = None,
-    lora_dropout: LoraDropoutOption = None,
-    lora_target: LoraTargetOption = None,
-    qlora: QloraOption = False,
-    adapter_name: AdapterNameOption = None,
+    adapter: "AdapterConfig | None" = None,
 ) -> None:
     """Distil a teacher's scores into a student; the teacher is asked once, whoever learns of it.
 
@@ -139,14 +128,6 @@ def distill(
         )
     if recipe is None and (folders := [path for path in data if path.is_dir()]):
         raise typer.BadParameter(f"{folders[0]} is a folder, for --recipe", param_hint="--data")
-    adapter = read_adapter_config(
-        lora_rank,
-        alpha=lora_alpha,
-        dropout=lora_dropout,
-        targets=lora_target,
-        qlora=qlora,
-        name=adapter_name,
-    )
 
     from rankonce.client import ClientConfig
     from rankonce.distillation.objective import DistillConfig
@@ -207,7 +188,7 @@ def distill(
     if is_first_process():
         for line in distillation.describe_cost():
             typer.echo(line, err=True)
-        typer.echo(f"model: {out}", err=True)
+    tell_model(out)
 
 
 def _file_stage(data: list[Path], **options: Any) -> "Stage":
@@ -222,11 +203,9 @@ def _file_stage(data: list[Path], **options: Any) -> "Stage":
 def _recipe_stage(name: str) -> tuple[Any, "Stage"]:
     from dataclasses import replace
 
-    from rankonce.training.recipes import RECIPES
+    from rankonce.training.recipes import find_recipe
 
-    if name not in RECIPES:
-        raise TrainingError(f"recipe: should be one of {', '.join(RECIPES)}, is {name!r}")
-    recipe = RECIPES[name]()
+    recipe = find_recipe(name)
     return recipe, replace(recipe.stages[-1], name="distill")
 
 

@@ -1,30 +1,31 @@
 """``rankonce finetune``: supervised fine-tuning on labelled requests of any tasks."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rankonce.cli.options import TaskFileOption, is_first_process, quiet_transformers
+from rankonce.cli.options import TaskFileOption, quiet_transformers
 from rankonce.cli.training_options import (
-    AdapterNameOption,
+    BalanceOption,
     LearningRateOption,
-    LoraAlphaOption,
-    LoraDropoutOption,
-    LoraRankOption,
-    LoraTargetOption,
     PassTokensOption,
-    QloraOption,
     RunFolderOption,
     SeedOption,
     StartModelOption,
+    StylesOption,
     check_start,
-    read_adapter_config,
     read_loss,
     size_option,
+    takes_adapter,
+    tell_model,
 )
 
+if TYPE_CHECKING:
+    from rankonce.training.adapters import AdapterConfig
 
+
+@takes_adapter
 def finetune(
     data: Annotated[
         list[Path],
@@ -45,12 +46,8 @@ def finetune(
             show_default="softmax",
         ),
     ] = None,
-    temperature: Annotated[
-        float, typer.Option(min=1.0, help="Above 1, small tasks come more often.")
-    ] = 1.0,
-    styles: Annotated[
-        bool, typer.Option("--styles", help="Draw one of its task's wordings for every example.")
-    ] = False,
+    temperature: BalanceOption = 1.0,
+    styles: StylesOption = False,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the data.")] = 3,
     learning_rate: LearningRateOption = 1e-3,
     targets_per_step: Annotated[int, typer.Option(min=1, help="Labels of a step.")] = 256,
@@ -68,12 +65,7 @@ def finetune(
         typer.Option(help="Of one device, for the FLOP utilisation.", show_default="if known"),
     ] = None,
     task_file: TaskFileOption = None,
-    lora_rank: LoraRankOption = None,
-    lora_alpha: LoraAlphaOption = None,
-    lora_dropout: LoraDropoutOption = None,
-    lora_target: LoraTargetOption = None,
-    qlora: QloraOption = False,
-    adapter_name: AdapterNameOption = None,
+    adapter: "AdapterConfig | None" = None,
 ) -> None:
     """Fine-tune a ranker at its score rows, many candidates of a member in one sequence.
 
@@ -88,14 +80,6 @@ def finetune(
     from rankonce.training.stages import Stage, StageSource, Tasks, finetune_source
 
     check_start(model, size)
-    adapter = read_adapter_config(
-        lora_rank,
-        alpha=lora_alpha,
-        dropout=lora_dropout,
-        targets=lora_target,
-        qlora=qlora,
-        name=adapter_name,
-    )
     quiet_transformers()
     losses = dict(read_loss(text) for text in loss or ["softmax"])
 
@@ -127,5 +111,4 @@ def finetune(
         adapter=adapter,
         evaluate=partial(measure_held_out, tasks=own_tasks),
     )
-    if is_first_process():
-        typer.echo(f"model: {out}", err=True)
+    tell_model(out)

@@ -1,27 +1,25 @@
 """``rankonce train``: run a recipe, from a checkpoint or from scratch."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rankonce.cli.options import TaskFileOption, is_first_process, quiet_transformers
+from rankonce.cli.options import TaskFileOption, quiet_transformers
 from rankonce.cli.training_options import (
-    AdapterNameOption,
-    LoraAlphaOption,
-    LoraDropoutOption,
-    LoraRankOption,
-    LoraTargetOption,
-    QloraOption,
     RunFolderOption,
     StartModelOption,
     check_start,
-    read_adapter_config,
     size_option,
+    takes_adapter,
+    tell_model,
 )
-from rankonce.errors import TrainingError
+
+if TYPE_CHECKING:
+    from rankonce.training.adapters import AdapterConfig
 
 
+@takes_adapter
 def train(
     recipe: Annotated[str, typer.Argument(help="ml1m, ml1m-alone or ml-small.")],
     data: Annotated[Path, typer.Option(exists=True, help="Folder of the dataset.")],
@@ -40,12 +38,7 @@ def train(
         ),
     ] = None,
     task_file: TaskFileOption = None,
-    lora_rank: LoraRankOption = None,
-    lora_alpha: LoraAlphaOption = None,
-    lora_dropout: LoraDropoutOption = None,
-    lora_target: LoraTargetOption = None,
-    qlora: QloraOption = False,
-    adapter_name: AdapterNameOption = None,
+    adapter: "AdapterConfig | None" = None,
 ) -> None:
     """Run the stages of a recipe; killed anywhere, it goes on with the same bits.
 
@@ -56,21 +49,11 @@ def train(
 
     from rankonce.evaluation.held_out import measure_held_out
     from rankonce.prompts.tasks import load_task
-    from rankonce.training.recipes import RECIPES, run_recipe
+    from rankonce.training.recipes import find_recipe, run_recipe
 
     check_start(model, size)
-    adapter = read_adapter_config(
-        lora_rank,
-        alpha=lora_alpha,
-        dropout=lora_dropout,
-        targets=lora_target,
-        qlora=qlora,
-        name=adapter_name,
-    )
     quiet_transformers()
-    if recipe not in RECIPES:
-        raise TrainingError(f"recipe: should be one of {', '.join(RECIPES)}, is {recipe!r}")
-    chosen = RECIPES[recipe]()
+    chosen = find_recipe(recipe)
     if seed is not None:
         chosen = chosen.with_seed(seed)
     chosen = chosen.with_settings(settings or ())
@@ -85,5 +68,4 @@ def train(
         adapter=adapter,
         evaluate=partial(measure_held_out, tasks=tasks),
     )
-    if is_first_process():
-        typer.echo(f"model: {out}", err=True)
+    tell_model(out)

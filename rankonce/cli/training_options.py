@@ -1,11 +1,14 @@
 """Options that the training commands share, and what becomes of them."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rankonce.cli.options import is_first_process
 from rankonce.errors import TrainingError
 
 if TYPE_CHECKING:
@@ -29,6 +32,13 @@ SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Of everything.")
 LearningRateOption = Annotated[float, typer.Option("--learning-rate", min=0.0, help="The peak.")]
 PassTokensOption = Annotated[
     int, typer.Option("--max-tokens-per-pass", min=1, help="Bounds the memory of a pass.")
+]
+
+BalanceOption = Annotated[
+    float, typer.Option(min=1.0, help="Above 1, small tasks come more often.")
+]
+StylesOption = Annotated[
+    bool, typer.Option("--styles", help="Draw one of its task's wordings for every example.")
 ]
 
 LoraRankOption = Annotated[
@@ -95,17 +105,18 @@ def read_loss(text: str) -> tuple[str, float]:
 
 
 def read_adapter_config(
-    rank: int | None,
     *,
-    alpha: int | None,
-    dropout: float | None,
-    targets: Sequence[str] | None,
-    qlora: bool,
-    name: str | None,
+    lora_rank: LoraRankOption = None,
+    lora_alpha: LoraAlphaOption = None,
+    lora_dropout: LoraDropoutOption = None,
+    lora_target: LoraTargetOption = None,
+    qlora: QloraOption = False,
+    adapter_name: AdapterNameOption = None,
 ) -> "AdapterConfig | None":
     """Read how an adapter is trained; ``None`` without a rank, which the others need."""
-    if rank is None:
-        if qlora or any(option is not None for option in (alpha, dropout, targets, name)):
+    if lora_rank is None:
+        others = (lora_alpha, lora_dropout, lora_target, adapter_name)
+        if qlora or any(option is not None for option in others):
             raise typer.BadParameter(
                 "should be given where an adapter is meant", param_hint="--lora-rank"
             )
@@ -113,10 +124,39 @@ def read_adapter_config(
     from rankonce.training.adapters import AdapterConfig
 
     return AdapterConfig(
-        name=name or "default",
-        rank=rank,
-        alpha=alpha,
-        dropout=dropout or 0.0,
-        targets=tuple(targets) if targets else None,
+        name=adapter_name or "default",
+        rank=lora_rank,
+        alpha=lora_alpha,
+        dropout=lora_dropout or 0.0,
+        targets=tuple(lora_target) if lora_target else None,
         quantize="nf4" if qlora else "none",
     )
+
+
+def takes_adapter(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of ``read_adapter_config`` in place of its ``adapter``.
+
+    typer reads signatures, so the command gets one that has them.
+    """
+    options = inspect.signature(read_adapter_config).parameters
+    own = inspect.signature(command).parameters
+    shown = [
+        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for parameter in (*own.values(), *options.values())
+        if parameter.name != "adapter"
+    ]
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        adapter = read_adapter_config(**{name: given.pop(name) for name in options})
+        command(**given, adapter=adapter)
+
+    run.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in shown}
+    return run
+
+
+def tell_model(out: Path) -> None:
+    """Say where the model is, once, however many processes trained it."""
+    if is_first_process():
+        typer.echo(f"model: {out}", err=True)

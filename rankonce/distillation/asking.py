@@ -1,5 +1,6 @@
 """Asking a teacher for what a store does not hold yet, and putting it beside the labels."""
 
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +11,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from rankonce.distillation.store import Cost, ScoreStore, score_keys
 from rankonce.distillation.teachers import Teacher, TeacherScores
-from rankonce.errors import DataError, RankOnceError, TrainingError
+from rankonce.errors import (
+    DataError,
+    RankOnceError,
+    RequestError,
+    ServerError,
+    TrainingError,
+)
 from rankonce.prompts.tasks import Task, find_task
 from rankonce.records import ScoreRequest, TrainingExample
 
@@ -25,12 +32,16 @@ class _Question:
     """Candidates of a request that a store has no scores of.
 
     Attributes:
+        source: where the request was read.
         request: the request with these candidates alone.
+        places: of these candidates in the whole request.
         keys: of their scores.
     """
 
+    source: str
     task: Task
     request: ScoreRequest
+    places: tuple[int, ...]
     keys: tuple[bytes, ...]
 
 
@@ -91,7 +102,7 @@ def _questions(
     tasks: Mapping[str, Task],
 ) -> Iterator[_Question]:
     asked: set[bytes] = set()
-    for example in examples:
+    for number, example in enumerate(examples, start=1):
         request = example.request
         task = find_task(request.task, tasks)
         keys = score_keys(teacher.fingerprint, task, request)
@@ -108,10 +119,12 @@ def _questions(
             missing = list(range(len(keys)))
         asked.update(keys[place] for place in missing)
         yield _Question(
+            source=example.place(number),
             task=task,
             request=replace(
                 request, candidates=tuple(request.candidates[place] for place in missing)
             ),
+            places=tuple(missing),
             keys=tuple(keys[place] for place in missing),
         )
 
@@ -126,7 +139,7 @@ def _group_by_task(questions: Sequence[_Question]) -> list[list[_Question]]:
 def _ask(store: ScoreStore, teacher: Teacher, questions: Sequence[_Question]) -> Iterator[Cost]:
     """Ask questions of one task; give what each write took."""
     waiting: dict[bytes, Mapping[str, float]] = {}
-    num_calls = num_tokens = 0
+    num_calls = num_tokens = num_answered = 0
     started = time.monotonic()
 
     def write() -> Cost:
@@ -141,15 +154,34 @@ def _ask(store: ScoreStore, teacher: Teacher, questions: Sequence[_Question]) ->
         for question, answer in zip(questions, answers, strict=True):
             waiting.update(zip(question.keys, _check(answer, question, teacher), strict=True))
             num_calls, num_tokens = num_calls + 1, num_tokens + answer.num_tokens
+            num_answered += 1
             if time.monotonic() - started >= _SECONDS_PER_WRITE:
                 yield write()
-    except RankOnceError:
+    except RankOnceError as error:
         # What was answered before is kept all the same.
         if waiting:
             write()
+        if _is_of_request(error):
+            raise DataError(_name_fault(error, questions[num_answered])) from error
         raise
     if waiting:
         yield write()
+
+
+def _is_of_request(error: RankOnceError) -> bool:
+    """Whether a question is at fault, rather than who was asked."""
+    if isinstance(error, ServerError):
+        return error.status in (400, 413)
+    return isinstance(error, RequestError)
+
+
+def _name_fault(error: RankOnceError, question: _Question) -> str:
+    """Name the line, and the candidates by their places there."""
+
+    def place(found: re.Match[str]) -> str:
+        return f"candidates[{question.places[int(found[1])]}]"
+
+    return f"{question.source}: the teacher: " + re.sub(r"\bcandidates\[(\d+)\]", place, str(error))
 
 
 def _check(

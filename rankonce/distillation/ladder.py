@@ -30,7 +30,7 @@ from rankonce.prompts.tasks import Task, library_tasks, load_task
 from rankonce.records import TrainingExample, describe_faults
 from rankonce.training.checkpoint import is_finished
 from rankonce.training.loop import TrainConfig
-from rankonce.training.recipes import RECIPES
+from rankonce.training.recipes import RECIPES, find_recipe
 from rankonce.training.runs import run_stages
 from rankonce.training.stages import Stage, StageSource, Tasks, finetune_source
 
@@ -113,6 +113,8 @@ class Ladder:
 
 
 _LADDER = TypeAdapter(Ladder)
+# Teachers that are models of the ladder.
+_PLACES = {"first": 0, "previous": -1}
 
 
 def read_ladder(path: Path) -> Ladder:
@@ -143,14 +145,16 @@ def run_ladder(ladder: Ladder, out: Path) -> list[dict[str, Any]]:
 
     Raises:
         RankOnceError: a rung cannot be run; those before it are kept.
+        ModelError: a teacher is not there.
         TrainingError: a rung that has begun is described otherwise now.
     """
     tasks = [load_task(path) for path in ladder.task_files]
+    _check_teachers(ladder, out)
     evaluate = partial(measure_held_out, tasks=tasks)
     models: list[str] = [] if ladder.teacher is None else [ladder.teacher]
     with ScoreStore(ladder.store) as store:
         for number, rung in enumerate(ladder.rungs, start=1):
-            folder = out / "rungs" / f"{number}-{rung.name}"
+            folder = _folder(out, number, rung)
             _note(folder, ladder, rung)
             if not is_finished(folder):
                 source = _teacher_of(rung, models)
@@ -257,6 +261,21 @@ def _in_steps(ladder: Ladder) -> Ladder:
     return replace(ladder, rungs=tuple(rungs))
 
 
+def _folder(out: Path, number: int, rung: Rung) -> Path:
+    return out / "rungs" / f"{number}-{rung.name}"
+
+
+def _check_teachers(ladder: Ladder, out: Path) -> None:
+    """Refuse a teacher that is not there before the rungs above it have cost their time."""
+    for number, rung in enumerate(ladder.rungs, start=1):
+        if is_finished(_folder(out, number, rung)):
+            continue
+        source = ladder.teacher if rung.teacher in _PLACES else rung.teacher
+        # A rung may be named by the folder that it will have.
+        if source is not None and out.resolve() not in Path(source).resolve().parents:
+            find_teacher(source)
+
+
 def _note(folder: Path, ladder: Ladder, rung: Rung) -> None:
     """Write what a rung is made of, or check that it is what was begun."""
     path = folder / "rung.json"
@@ -274,14 +293,13 @@ def _note(folder: Path, ladder: Ladder, rung: Rung) -> None:
 
 
 def _teacher_of(rung: Rung, models: Sequence[str]) -> str | None:
-    places = {"first": 0, "previous": -1}
-    return models[places[rung.teacher]] if rung.teacher in places else rung.teacher
+    return models[_PLACES[rung.teacher]] if rung.teacher in _PLACES else rung.teacher
 
 
 def _stage(ladder: Ladder, rung: Rung) -> Stage:
     changes = {"seed": ladder.seed, **ladder.train, **rung.train}
     if ladder.recipe is not None:
-        stage = RECIPES[ladder.recipe]().stages[-1]
+        stage = find_recipe(ladder.recipe).stages[-1]
         return replace(stage, name="distill", config=replace(stage.config, **changes))
     takes_teacher = rung.distill_config.rule.takes_teacher
 

@@ -120,8 +120,8 @@ class Distillation:
             for number, example in enumerate(examples, start=1):
                 if all(label is None for label in example.labels):
                     raise DataError(
-                        f"labels: target {self.config.target!r} needs known labels, example "
-                        f"{number} has none; choose soft, mixture or two-logits"
+                        f"labels: target {self.config.target!r} needs known labels, "
+                        f"{example.place(number)} has none; choose soft, mixture or two-logits"
                     )
         if not rule.takes_teacher or self.teacher is None or self.store is None:
             return examples

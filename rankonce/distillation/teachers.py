@@ -19,6 +19,7 @@ from rankonce.client import Client, ClientConfig
 from rankonce.distillation.hidden_states import LiveTeacher
 from rankonce.errors import ModelError, ServerError, TrainingError
 from rankonce.model.adapters import CONFIG_FILE, is_adapter
+from rankonce.model.sources import names_folder
 from rankonce.prompts.tasks import Task
 from rankonce.ranker import Ranker, RankerConfig
 from rankonce.records import ScoreRequest
@@ -228,6 +229,7 @@ def find_teacher(
         served: how a server is asked; its URL is ``source``.
 
     Raises:
+        ModelError: a path leads to no folder.
         TrainingError: the precision of a server's model is the server's own.
     """
     if source.startswith(("http://", "https://")):
@@ -235,6 +237,8 @@ def find_teacher(
             raise TrainingError(f"precision: is for a teacher that is loaded here, not {source}")
         config = replace(served or ClientConfig(), url=source)
         return ServedTeacher(config, concurrency=concurrency)
+    if names_folder(source) and not Path(source).is_dir():
+        raise ModelError(f"teacher: there is no folder {source}; should be a checkpoint's or a URL")
     return LocalTeacher(source, tasks=tasks, precision=precision)
 
 
@@ -245,7 +249,14 @@ def _fingerprint_checkpoint(model: str, precision: str | None) -> str:
         raise ModelError(f"teacher: {model} holds no checkpoint and no adapter")
     parts = {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in parts.items()}
-    digests["weights"] = fingerprint_weights(folder)
+    try:
+        digests["weights"] = fingerprint_weights(folder)
+    except ModelError as error:
+        if folder.is_dir():
+            raise
+        raise ModelError(
+            f"teacher: there is no folder {model}, nor a repository that can be read: {error}"
+        ) from error
     if precision is not None:
         digests["precision"] = precision
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()

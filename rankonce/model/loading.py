@@ -37,6 +37,7 @@ from rankonce.model.quantized import (
     stored_options,
     warn_refused,
 )
+from rankonce.model.sources import names_folder
 
 # Largest difference of logits between packed and separate, as a part of the largest logit.
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -137,8 +138,7 @@ def load_model(
         ModelError: says what is wrong with the checkpoint or an adapter.
     """
     source = str(name)
-    is_path = Path(source).exists() or source.startswith((".", "/", "~")) or source.count("/") > 1
-    if is_path and not (Path(source) / "config.json").is_file():
+    if names_folder(source) and not (Path(source) / "config.json").is_file():
         raise ModelError(f"model: {source} has no config.json; should be a Hugging Face checkpoint")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     chosen = find_precision(precision, device)

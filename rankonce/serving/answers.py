@@ -1,12 +1,12 @@
-"""Shapes of the server's answers."""
+"""Shapes of the server's answers; those of reranking are in ``rerank_shapes``."""
 
 import math
 import time
 import uuid
 from collections.abc import Mapping
-from typing import Literal, TypeAlias
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from rankonce.records import HistoryReport, ScoreResult
 
@@ -200,125 +200,6 @@ class GenerativeScoringAnswer(BaseModel):
     model: str
     data: list[GenerativeScore]
     usage: Usage
-
-
-class DocumentPart(BaseModel):
-    """A document as it came, where it was asked for."""
-
-    model_config = ConfigDict(extra="allow")
-    text: str
-    title: str | None = None
-
-
-class RerankedDocument(BaseModel):
-    """One document; ``index`` is its place in the question.
-
-    Attributes:
-        raw_relevance_score: the model's own, where the other is calibrated.
-    """
-
-    index: int
-    relevance_score: float
-    raw_relevance_score: float | None = None
-    document: DocumentPart | None = None
-
-
-class BilledUnits(BaseModel):
-    """What Cohere bills."""
-
-    search_units: int = 1
-
-
-class ApiVersion(BaseModel):
-    """Whose form the answer has."""
-
-    version: str = "2"
-
-
-class RerankMeta(BaseModel):
-    """What Cohere's clients look for."""
-
-    api_version: ApiVersion = Field(default_factory=ApiVersion)
-    billed_units: BilledUnits = Field(default_factory=BilledUnits)
-
-
-class RerankUsage(BaseModel):
-    """Tokens of a rerank question, the packed prompt once."""
-
-    prompt_tokens: int
-    total_tokens: int
-
-
-class RerankAnswer(BaseModel):
-    """Documents, best first."""
-
-    object: Literal["rerank"] = "rerank"
-    id: str = Field(default_factory=lambda: answer_id("rerank"))
-    model: str
-    results: list[RerankedDocument]
-    usage: RerankUsage
-    meta: RerankMeta = Field(default_factory=RerankMeta)
-    warnings: list[str] = []
-
-
-class VoyageDocument(BaseModel):
-    """One document as Voyage answers, whose documents are texts."""
-
-    index: int
-    relevance_score: float
-    document: str | None = None
-
-
-class VoyageAnswer(BaseModel):
-    """Documents, best first, in Voyage's form."""
-
-    object: Literal["list"] = "list"
-    data: list[VoyageDocument]
-    model: str
-    usage: RerankUsage
-    warnings: list[str] = []
-
-
-class MixedbreadDocument(BaseModel):
-    """One document as Mixedbread answers."""
-
-    index: int
-    score: float
-    input: DocumentPart | str | None = None
-    object: Literal["rank_result"] = "rank_result"
-
-
-class MixedbreadAnswer(BaseModel):
-    """Documents, best first, in Mixedbread's form."""
-
-    object: Literal["list"] = "list"
-    data: list[MixedbreadDocument]
-    model: str
-    usage: RerankUsage
-    top_k: int
-    return_input: bool
-    warnings: list[str] = []
-
-
-class TeiDocument(BaseModel):
-    """One document as Text Embeddings Inference answers, in a bare list."""
-
-    index: int
-    score: float
-    text: str | None = None
-
-
-class SglangDocument(BaseModel):
-    """One document as SGLang answers, in a bare list."""
-
-    score: float
-    document: str | None = None
-    index: int
-
-
-AnyRerankAnswer: TypeAlias = (
-    RerankAnswer | VoyageAnswer | MixedbreadAnswer | list[TeiDocument] | list[SglangDocument]
-)
 
 
 class CompletionLogprobs(BaseModel):

@@ -22,7 +22,6 @@ from rankonce.serving.admission import (
     Admission,
 )
 from rankonce.serving.answers import (
-    AnyRerankAnswer,
     ChatAnswer,
     CompletionAnswer,
     ErrorAnswer,
@@ -45,6 +44,7 @@ from rankonce.serving.lifecycle import DrainingServer, Lifecycle, Phase
 from rankonce.serving.metrics import CONTENT_TYPE, EngineState, Metrics
 from rankonce.serving.models import Models
 from rankonce.serving.operations import OperationsConfig
+from rankonce.serving.rerank_shapes import AnyRerankAnswer, RerankBody
 from rankonce.serving.schemas import (
     ChatBody,
     CompletionBody,
@@ -52,7 +52,6 @@ from rankonce.serving.schemas import (
     LoadAdapterBody,
     PrefixBody,
     RankBody,
-    RerankBody,
     ScoreBody,
     UnloadAdapterBody,
 )
@@ -202,39 +201,39 @@ def _add_scoring(app: FastAPI, models: Models) -> None:
     @app.post("/v1/rank", responses=_REFUSALS)
     async def rank(body: RankBody) -> RankAnswer:
         """Score the candidates of one request for a task."""
-        return await models.rank(body, cache_salt=current_salt())
+        return await models.ask(Engine.rank, body, cache_salt=current_salt())
 
     @app.post("/v1/prefixes", responses=_REFUSALS)
     async def prefixes(body: PrefixBody) -> PrefixAnswer:
         """Read a member's history before the candidates are known."""
-        return await models.prepare_prefix(body, cache_salt=current_salt())
+        return await models.ask(Engine.prepare_prefix, body, cache_salt=current_salt())
 
     @app.post("/v1/score", responses=_REFUSALS)
     async def score(body: ScoreBody) -> ScoreAnswer:
         """Give the probabilities of labels after query and item, in SGLang's form."""
-        return await models.score(body, cache_salt=current_salt())
+        return await models.ask(Engine.score, body, cache_salt=current_salt())
 
     @app.post("/generative_scoring", responses=_REFUSALS)
     async def generative_scoring(body: GenerativeScoringBody) -> GenerativeScoringAnswer:
         """Give the probability of the first label after query and item, in vLLM's form."""
-        return await models.score_generatively(body, cache_salt=current_salt())
+        return await models.ask(Engine.score_generatively, body, cache_salt=current_salt())
 
     @app.post("/v2/rerank", responses=_REFUSALS, response_model_exclude_none=True)
     @app.post("/rerank", responses=_REFUSALS, response_model_exclude_none=True)
     @app.post("/v1/rerank", responses=_REFUSALS, response_model_exclude_none=True)
     async def rerank(body: RerankBody) -> AnyRerankAnswer:
         """Order documents by relevance, in the form of whose words the question has."""
-        return await models.rerank(body, cache_salt=current_salt())
+        return await models.ask(Engine.rerank, body, cache_salt=current_salt())
 
     @app.post("/v1/completions", responses=_REFUSALS)
     async def completions(body: CompletionBody) -> CompletionAnswer:
         """Read the next token of one or many prompts, in OpenAI's form."""
-        return await models.complete(body, cache_salt=current_salt())
+        return await models.ask(Engine.complete, body, cache_salt=current_salt())
 
     @app.post("/v1/chat/completions", responses=_REFUSALS)
     async def chat(body: ChatBody) -> ChatAnswer:
         """Read the first token of the answer to a conversation, in OpenAI's form."""
-        return await models.chat(body, cache_salt=current_salt())
+        return await models.ask(Engine.chat, body, cache_salt=current_salt())
 
 
 def _add_adapters(app: FastAPI, models: Models) -> None:

@@ -1,28 +1,21 @@
 """From question to answer: prepare on the text thread, forward in the batcher, write the answer."""
 
-import asyncio
 import math
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 from rankonce.errors import ModelError, RequestError
-from rankonce.layout import TokenizedRequest
-from rankonce.model.scoring import RawScores
 from rankonce.prompts.tasks import find_task
 from rankonce.ranker import PreparedRequest, Ranker
 from rankonce.records import ScoreRequest, ScoreResult
 from rankonce.serving.answers import (
-    AnyRerankAnswer,
     AssistantMessage,
-    CachedTokens,
     ChatAnswer,
     ChatChoice,
     CompletionAnswer,
-    CompletionChoice,
     GenerativeScore,
     GenerativeScoringAnswer,
     PrefixAnswer,
@@ -35,12 +28,15 @@ from rankonce.serving.answers import (
 )
 from rankonce.serving.batcher import Batcher, BatcherConfig, Terms
 from rankonce.serving.batches.config import BatchConfig
-from rankonce.serving.failures import ServingError, TooLargeError
-from rankonce.serving.logprobs import NextToken, next_tokens, write_chat, write_completion
+from rankonce.serving.failures import TooLargeError, UnknownModelError
+from rankonce.serving.logprobs import write_chat, write_choices
+from rankonce.serving.next_tokens import NextTokenReader
 from rankonce.serving.observations import CacheObserved, Observations, QueueObserved, Stage
-from rankonce.serving.packing import EncodedPrompts, PackedPrompts, pack_prompts
+from rankonce.serving.packing import EncodedPrompts
+from rankonce.serving.passes import Passes
 from rankonce.serving.prefixes import PreparedPrefixes
 from rankonce.serving.prompts import PromptReader
+from rankonce.serving.rerank_shapes import AnyRerankAnswer, RerankBody
 from rankonce.serving.reranking import in_rerank_words, read_documents, write_rerank
 from rankonce.serving.results import ResultCache
 from rankonce.serving.schemas import (
@@ -49,13 +45,8 @@ from rankonce.serving.schemas import (
     GenerativeScoringBody,
     PrefixBody,
     RankBody,
-    RerankBody,
     ScoreBody,
-    WithLabels,
 )
-
-# What a prepared prefix says of a request, so that the request itself may not.
-_SAID_BY_PREFIX = ("task", "profile", "history", "examples", "time", "instruction")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,15 +83,6 @@ class ServerConfig:
     batches: BatchConfig | None = None
 
 
-class _HasTerms(Protocol):
-    """What every question may say of when it wants its answer."""
-
-    @property
-    def priority(self) -> int: ...
-    @property
-    def timeout_ms(self) -> int | None: ...
-
-
 class Engine:
     """Answers questions with one ranker, which it uses alone while it runs."""
 
@@ -112,11 +94,13 @@ class Engine:
             raise ModelError(
                 f"adapter: {self.model_name!r} is what the model is served as; choose another name"
             )
-        self._reader = PromptReader(ranker.model, ranker.renderer.encoder)
+        self._prompts = PromptReader(ranker.model, ranker.renderer.encoder)
         self.observations = Observations()
         self._batcher = Batcher(ranker, config.batching, self.observations)
         self._prefixes = PreparedPrefixes(config.max_prefixes)
         self._results = ResultCache(max_pairs=config.result_cache_pairs)
+        self._passes = Passes(self._batcher, self._results)
+        self._next_tokens = NextTokenReader(self._prompts, self._batcher, self._passes)
         for task in ranker.tasks.values():
             ranker.scorer.cache.pin(ranker.renderer.instruction_ids(task))
 
@@ -148,9 +132,8 @@ class Engine:
     async def read_instruction(self, task: str) -> None:
         """Compute what every prefix of a task begins with, for the cache to have it."""
         ids = self.ranker.renderer.instruction_ids(find_task(task, self.ranker.tasks))
-        await self._batcher.forward(
-            [_prefix_alone(ids, self.ranker.choose_adapter(None, task=task))]
-        )
+        adapter = self.ranker.choose_adapter(None, task=task)
+        await self._passes.read_prefix(ids, Terms(), adapter=adapter)
 
     async def forget_adapter(self, adapter: str | None) -> None:
         """Drop everything that was computed with an adapter, whose weights change or go."""
@@ -184,16 +167,13 @@ class Engine:
             The adapter's name; ``None`` for the model served, also where the question names none.
 
         Raises:
-            ServingError: there is no such model.
+            UnknownModelError: there is no such model.
         """
-        if model in (None, self.model_name):
+        if model is None or model == self.model_name:
             return None
         if model in self.adapter_names:
             return model
-        served = ", ".join(repr(name) for name in (self.model_name, *self.adapter_names))
-        raise ServingError(
-            404, f"model: there is no {model!r}, this server has {served}", code="model_not_found"
-        )
+        raise UnknownModelError("model", model, (self.model_name, *self.adapter_names))
 
     async def rank(self, body: RankBody, *, cache_salt: str | None = None) -> RankAnswer:
         """Answer in our own form.
@@ -203,12 +183,15 @@ class Engine:
         """
         self._check_question(body.model, len(body.candidates), "candidates")
         if body.prefix is not None:
-            body = self._with_prefix(body, body.prefix, cache_salt)
+            leaving = self.ranker.model.adapters.leaving
+            body = self._prefixes.complete(
+                body, body.prefix, cache_salt=cache_salt, leaving=leaving
+            )
         elif not body.task:
             raise RequestError(
                 "task: is required and missing (or prefix, the id of a prepared one)"
             )
-        with self._admit(body, cache_salt) as terms:
+        with self._passes.admit(body, cache_salt) as terms:
             result = await self._score_request(self._with_adapter(body, body.model), terms)
         return rank_answer(result, model=self._name_of(result.adapter), top_n=body.top_n)
 
@@ -217,12 +200,11 @@ class Engine:
     ) -> PrefixAnswer:
         """Read what comes before the candidates, and give a handle for ``rank``."""
         request = self._with_adapter(body, body.model)
-        with self._admit(body, cache_salt) as terms:
+        with self._passes.admit(body, cache_salt) as terms:
             prepare = partial(self.ranker.prepare, cache_salt=cache_salt, needs_candidates=False)
             prepared = await self._batcher.run_text(prepare, request)
             tokens = prepared.rendered.tokens
-            alone = _prefix_alone(tokens.prefix_ids, tokens.adapter, cache_salt)
-            (raw,) = await self._batcher.forward([alone], terms=terms)
+            raw = await self._passes.read_prefix(tokens.prefix_ids, terms, adapter=tokens.adapter)
         num_tokens = len(tokens.prefix_ids)
         handle = self._prefixes.add(
             replace(prepared.request, adapter=tokens.adapter or ""),
@@ -250,8 +232,8 @@ class Engine:
         """Answer in the form of Cohere and Jina, or of whose words the question has."""
         adapter = self._check_question(body.model, len(body.documents), body.documents_field)
         task = find_task(body.task, self.ranker.tasks)
-        with self._admit(body, cache_salt) as terms:
-            documents = await self._batcher.run_text(read_documents, body, self._reader)
+        with self._passes.admit(body, cache_salt) as terms:
+            documents = await self._batcher.run_text(read_documents, body, self._prompts)
             request = ScoreRequest(
                 task=body.task,
                 profile={"query": body.query},
@@ -269,15 +251,15 @@ class Engine:
         """Answer in SGLang's form."""
         adapter = self._choose(self._check_question(body.model, len(body.items), "items"))
         encode = partial(
-            self._reader.encode_concatenated,
+            self._prompts.encode_concatenated,
             body.query,
             body.items,
             "items",
             item_first=body.item_first,
         )
         whole = not body.apply_softmax
-        with self._admit(body, cache_salt) as terms:
-            tokens, usage = await self._read(
+        with self._passes.admit(body, cache_salt) as terms:
+            tokens, usage = await self._next_tokens.read(
                 encode, "items", body, terms, adapter=adapter, whole=whole
             )
         return ScoreAnswer(
@@ -292,15 +274,15 @@ class Engine:
         """Answer in the form of vLLM's generative scoring."""
         adapter = self._choose(self._check_question(body.model, len(body.items), "items"))
         encode = partial(
-            self._reader.encode_joined,
+            self._prompts.encode_joined,
             body.query,
             body.items,
             item_first=body.item_first,
             add_special_tokens=body.add_special_tokens,
         )
         whole = not body.apply_softmax
-        with self._admit(body, cache_salt) as terms:
-            tokens, usage = await self._read(
+        with self._passes.admit(body, cache_salt) as terms:
+            tokens, usage = await self._next_tokens.read(
                 encode, "items", body, terms, adapter=adapter, whole=whole
             )
         answer = GenerativeScoringAnswer(
@@ -320,14 +302,14 @@ class Engine:
     ) -> CompletionAnswer:
         """Answer in the form of OpenAI's completions."""
         adapter = self._choose(self._check_question(body.model, len(body.prompt), "prompt"))
-        encode = partial(self._reader.encode_all, body.prompt, "prompt")
+        encode = partial(self._prompts.encode_all, body.prompt, "prompt")
         num_top = max(1, body.logprobs or 0)
-        with self._admit(body, cache_salt) as terms:
-            tokens, usage = await self._read(
+        with self._passes.admit(body, cache_salt) as terms:
+            tokens, usage = await self._next_tokens.read(
                 encode, "prompt", body, terms, adapter=adapter, num_top=num_top
             )
             choices = await self._batcher.run_text(
-                self._write_choices, tokens, body, stage=Stage.ANSWER
+                write_choices, tokens, body, self._prompts, stage=Stage.ANSWER
             )
         return CompletionAnswer(
             model=self._name_of(adapter),
@@ -341,8 +323,8 @@ class Engine:
         turns = [(_ROLES.get(turn.role, turn.role), turn.content) for turn in body.messages]
         encode_chat = self.ranker.renderer.encoder.encode_chat
         num_top = body.top_logprobs or 0
-        with self._admit(body, cache_salt) as terms:
-            (token,), usage = await self._read(
+        with self._passes.admit(body, cache_salt) as terms:
+            (token,), usage = await self._next_tokens.read(
                 lambda: EncodedPrompts(head=(), tails=[encode_chat(turns)]),
                 "messages",
                 body,
@@ -352,8 +334,8 @@ class Engine:
             )
         wanted = body.logprobs or body.has_labels
         choice = ChatChoice(
-            message=AssistantMessage(content=self._reader.token_text(token.top[0][0])),
-            logprobs=write_chat(token, num_top, self._reader) if wanted else None,
+            message=AssistantMessage(content=self._prompts.token_text(token.top[0][0])),
+            logprobs=write_chat(token, num_top, self._prompts) if wanted else None,
         )
         return ChatAnswer(
             model=self._name_of(adapter), choices=[choice], usage=_with_answers(usage, 1)
@@ -374,15 +356,6 @@ class Engine:
             )
         return adapter
 
-    @contextmanager
-    def _admit(self, body: _HasTerms, cache_salt: str | None) -> Iterator[Terms]:
-        """Count a question as under way and read its terms; its time runs from here."""
-        deadline = None
-        if body.timeout_ms is not None:
-            deadline = asyncio.get_running_loop().time() + body.timeout_ms / 1000
-        with self._batcher.admit():
-            yield Terms(priority=body.priority, deadline=deadline, cache_salt=cache_salt)
-
     def _with_adapter(self, request: ScoreRequest, model: str | None) -> ScoreRequest:
         """Give a request the adapter that is served as ``model``, if it is one."""
         adapter = self.find_adapter(model)
@@ -392,142 +365,16 @@ class Engine:
             )
         return request if adapter is None else replace(request, adapter=adapter)
 
-    def _with_prefix(self, body: RankBody, handle: str, cache_salt: str | None) -> RankBody:
-        """Put what was prepared in front of a request's candidates."""
-        for name in _SAID_BY_PREFIX:
-            if getattr(body, name):
-                raise RequestError(f"{name}: should be left out, since prefix says it")
-        prepared = self._prefixes.find(handle, cache_salt=cache_salt)
-        leaving = self.ranker.model.adapters.leaving
-        if prepared is None or prepared.request.adapter in leaving:
-            raise ServingError(
-                404,
-                "prefix: there is none with this id, or it has expired; prepare it again, or send "
-                "the request whole",
-                code="prefix_not_found",
-            )
-        said = {name: getattr(prepared.request, name) for name in _SAID_BY_PREFIX}
-        adapter = prepared.request.adapter
-        if body.adapter not in (None, adapter):
-            raise RequestError(f"adapter: should be left out or {adapter!r}, as prefix says")
-        return replace(body, **said, adapter=adapter)
-
     async def _score_request(self, request: ScoreRequest, terms: Terms) -> ScoreResult:
         # A body was checked when it came; that takes as long again as all else before rendering.
         is_checked = isinstance(request, RankBody)
         prepare = partial(self.ranker.prepare, cache_salt=terms.cache_salt, is_checked=is_checked)
         prepared: PreparedRequest = await self._batcher.run_text(prepare, request)
-        (raw,) = await self._forward([prepared.rendered.tokens], terms, label_mass=True)
+        (raw,) = await self._passes.forward([prepared.rendered.tokens], terms, label_mass=True)
         return await self._batcher.run_text(self.ranker.finish, prepared, raw, stage=Stage.ANSWER)
-
-    async def _forward(
-        self,
-        requests: Sequence[TokenizedRequest],
-        terms: Terms,
-        *,
-        label_mass: bool,
-        num_top: int = 0,
-    ) -> list[RawScores]:
-        """Run requests through the model, without the pairs whose results are kept."""
-        if not self._results.max_pairs or num_top:
-            return await self._batcher.forward(
-                requests, label_mass=label_mass, num_top=num_top, terms=terms
-            )
-        known = [self._results.look_up(request, whole=label_mass) for request in requests]
-        missing = [one.missing for one in known if one.missing is not None]
-        raws = iter(
-            await self._batcher.forward(missing, label_mass=label_mass, terms=terms)
-            if missing
-            else ()
-        )
-        return [
-            self._results.complete(one, next(raws) if one.missing else None, whole=label_mass)
-            for one in known
-        ]
-
-    def _write_choices(
-        self, tokens: Sequence[NextToken], body: CompletionBody
-    ) -> list[CompletionChoice]:
-        wanted = body.logprobs is not None or body.has_labels
-        num_top = body.logprobs or 0
-        return [
-            CompletionChoice(
-                index=index,
-                text=self._reader.token_text(token.top[0][0]),
-                logprobs=write_completion(token, num_top, self._reader) if wanted else None,
-            )
-            for index, token in enumerate(tokens)
-        ]
-
-    async def _read(
-        self,
-        encode: Callable[[], EncodedPrompts],
-        field: str,
-        question: WithLabels,
-        terms: Terms,
-        *,
-        adapter: str | None,
-        num_top: int = 0,
-        whole: bool = True,
-    ) -> tuple[list[NextToken], Usage]:
-        """Read the next token of every prompt, in their order."""
-        label_ids, packed = await self._batcher.run_text(
-            self._pack, encode, field, question, adapter
-        )
-        requests = [replace(one, cache_salt=terms.cache_salt) for one in packed.requests]
-        raws = await self._forward(requests, terms, label_mass=whole, num_top=num_top)
-        tokens = await self._batcher.run_text(
-            _unpack, packed, raws, label_ids, whole, stage=Stage.ANSWER
-        )
-        computed_tokens = sum(raw.computed_tokens for raw in raws)
-        usage = Usage(
-            prompt_tokens=packed.num_tokens,
-            total_tokens=packed.num_tokens,
-            prompt_tokens_details=CachedTokens(cached_tokens=packed.num_tokens - computed_tokens),
-        )
-        return tokens, usage
-
-    def _pack(
-        self,
-        encode: Callable[[], EncodedPrompts],
-        field: str,
-        question: WithLabels,
-        adapter: str | None,
-    ) -> tuple[list[int], PackedPrompts]:
-        label_ids = list(question.label_token_ids or [])
-        if question.labels is not None:
-            label_ids = self._reader.label_ids(question.labels)
-        elif label_ids:
-            self._reader.check_ids(label_ids, "label_token_ids")
-        encoded = encode()
-        self._reader.check(encoded, field)
-        # The head reads at least one label.
-        return label_ids, pack_prompts(encoded, label_ids or [0], adapter=adapter)
 
 
 _ROLES = {"developer": "system"}  # OpenAI's newer word, which templates do not know
-
-
-def _prefix_alone(
-    ids: tuple[int, ...], adapter: str | None, cache_salt: str | None = None
-) -> TokenizedRequest:
-    """Make a request that only leaves its prefix in the cache: one token asks for a score."""
-    return TokenizedRequest(
-        prefix_ids=ids,
-        segment_ids=(ids[-1:],),
-        label_ids=((0,),),
-        adapter=adapter,
-        cache_salt=cache_salt,
-    )
-
-
-def _unpack(
-    packed: PackedPrompts, raws: Sequence[RawScores], label_ids: Sequence[int], whole: bool
-) -> list[NextToken]:
-    tokens: dict[int, NextToken] = {}
-    for raw, places in zip(raws, packed.places, strict=True):
-        tokens.update(zip(places, next_tokens(raw, label_ids, whole=whole), strict=True))
-    return [tokens[place] for place in range(len(tokens))]
 
 
 def _with_answers(usage: Usage, num_answers: int) -> Usage:

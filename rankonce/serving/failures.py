@@ -4,7 +4,7 @@ import asyncio
 import logging
 import math
 import re
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any, cast
 
 from fastapi import FastAPI, Request, Response
@@ -53,6 +53,21 @@ class TooLargeError(ServingError):
 
     def __init__(self, message: str) -> None:
         super().__init__(413, message, code="request_too_large")
+
+
+class UnknownModelError(ServingError):
+    """A model or adapter that this server does not have.
+
+    Args:
+        field: of the question, which names it.
+        served: what that field could be.
+    """
+
+    def __init__(self, field: str, name: str, served: Sequence[str]) -> None:
+        names = ", ".join(map(repr, served)) or "none"
+        super().__init__(
+            404, f"{field}: there is no {name!r}, this server has {names}", code="model_not_found"
+        )
 
 
 class UnauthorizedError(ServingError):

@@ -5,13 +5,24 @@ A check says what would be right, so that the answer can name field and fault in
 
 import json
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
-from pydantic import BeforeValidator, Field, PlainValidator, StrictInt
+from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator, StrictInt
 
 # Scores of one question are prompts times labels.
 _MAX_LABELS = 1000
 NOT_ONE_TOKEN = "should be 1: the next token's probabilities are read, nothing is generated"
+
+
+def example(*more: dict[str, Any], **fields: Any) -> ConfigDict:
+    """Configure a question: fields that it does not know are refused, and these are its examples.
+
+    Args:
+        more: examples beside that of ``fields``.
+    """
+    return ConfigDict(
+        extra="forbid", allow_inf_nan=False, json_schema_extra={"examples": [fields, *more]}
+    )
 
 
 def only(*allowed: Any, why: str) -> BeforeValidator:
@@ -105,6 +116,7 @@ Content = Annotated[
 ]
 LabelWords = Annotated[list[str], Field(min_length=1, max_length=_MAX_LABELS)]
 LabelIds = Annotated[list[StrictInt], Field(min_length=1, max_length=_MAX_LABELS)]
+TopN: TypeAlias = Annotated[int, Field(ge=1)] | None
 Ignored = Annotated[Any, Field(description="Taken and ignored: it cannot change this answer.")]
 
 Priority = Annotated[

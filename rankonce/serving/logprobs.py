@@ -7,8 +7,15 @@ import torch
 
 from rankonce.errors import NumericsError
 from rankonce.model.scoring import RawScores
-from rankonce.serving.answers import ChatLogprobs, CompletionLogprobs, TokenLogprob, TopLogprob
+from rankonce.serving.answers import (
+    ChatLogprobs,
+    CompletionChoice,
+    CompletionLogprobs,
+    TokenLogprob,
+    TopLogprob,
+)
 from rankonce.serving.prompts import PromptReader
+from rankonce.serving.schemas import CompletionBody
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +58,22 @@ def next_tokens(raw: RawScores, label_ids: Sequence[int], *, whole: bool) -> lis
     return [
         NextToken(labels=list(zip(label_ids, row, strict=False)), top=top)
         for row, top in zip(labels_CL.tolist(), tops, strict=True)
+    ]
+
+
+def write_choices(
+    tokens: Sequence[NextToken], body: CompletionBody, reader: PromptReader
+) -> list[CompletionChoice]:
+    """Write the token after each prompt of a completions question."""
+    wanted = body.logprobs is not None or body.has_labels
+    num_top = body.logprobs or 0
+    return [
+        CompletionChoice(
+            index=index,
+            text=reader.token_text(token.top[0][0]),
+            logprobs=write_completion(token, num_top, reader) if wanted else None,
+        )
+        for index, token in enumerate(tokens)
     ]
 
 

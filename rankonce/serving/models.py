@@ -10,35 +10,23 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Protocol, TypeVar
 
 from rankonce.errors import ModelError
 from rankonce.ranker import Ranker
-from rankonce.serving.answers import (
-    AnyRerankAnswer,
-    ChatAnswer,
-    CompletionAnswer,
-    GenerativeScoringAnswer,
-    ModelCard,
-    PrefixAnswer,
-    RankAnswer,
-    ScoreAnswer,
-)
+from rankonce.serving.answers import ModelCard
 from rankonce.serving.engine import Engine, ServerConfig
-from rankonce.serving.failures import ServingError
-from rankonce.serving.schemas import (
-    ChatBody,
-    CompletionBody,
-    GenerativeScoringBody,
-    LoadAdapterBody,
-    PrefixBody,
-    RankBody,
-    RerankBody,
-    ScoreBody,
-    UnloadAdapterBody,
-)
+from rankonce.serving.failures import ServingError, UnknownModelError
+from rankonce.serving.schemas import LoadAdapterBody, PrefixBody, RankBody, UnloadAdapterBody
 
 Answer = TypeVar("Answer")
+
+
+class Question(Protocol):
+    """What every question may say of who answers it."""
+
+    @property
+    def model(self) -> str | None: ...
 
 
 @dataclass(kw_only=True, eq=False)
@@ -147,37 +135,29 @@ class Models:
         """
         return self._find(model).engine
 
-    async def rank(self, body: RankBody, **terms: Any) -> RankAnswer:
-        """Answer in our own form; here and below, terms are as the engine takes them."""
-        self._check_adapter(body)
-        return await self._ask(body.model, Engine.rank, body, terms)
+    async def ask(
+        self,
+        method: Callable[..., Awaitable[Answer]],
+        body: Question,
+        *,
+        cache_salt: str | None = None,
+    ) -> Answer:
+        """Answer a question with the engine of the model that it names.
 
-    async def prepare_prefix(self, body: PrefixBody, **terms: Any) -> PrefixAnswer:
-        """Read what comes before the candidates, and give a handle for ``rank``."""
-        self._check_adapter(body)
-        return await self._ask(body.model, Engine.prepare_prefix, body, terms)
+        Args:
+            method: of ``Engine``, which answers such a body.
+            cache_salt: as the engine takes it.
 
-    async def rerank(self, body: RerankBody, **terms: Any) -> AnyRerankAnswer:
-        """Answer in the form of a rerank client."""
-        return await self._ask(body.model, Engine.rerank, body, terms)
-
-    async def score(self, body: ScoreBody, **terms: Any) -> ScoreAnswer:
-        """Answer in SGLang's form."""
-        return await self._ask(body.model, Engine.score, body, terms)
-
-    async def score_generatively(
-        self, body: GenerativeScoringBody, **terms: Any
-    ) -> GenerativeScoringAnswer:
-        """Answer in vLLM's form."""
-        return await self._ask(body.model, Engine.score_generatively, body, terms)
-
-    async def complete(self, body: CompletionBody, **terms: Any) -> CompletionAnswer:
-        """Answer in the form of OpenAI's completions."""
-        return await self._ask(body.model, Engine.complete, body, terms)
-
-    async def chat(self, body: ChatBody, **terms: Any) -> ChatAnswer:
-        """Answer in the form of OpenAI's chat completions."""
-        return await self._ask(body.model, Engine.chat, body, terms)
+        Raises:
+            ServingError: there is no such model or adapter, or the engine refuses.
+        """
+        served = self._find(body.model)
+        if isinstance(body, RankBody | PrefixBody):
+            adapters = served.engine.ranker.model.adapters
+            if body.adapter in adapters.leaving:
+                raise UnknownModelError("adapter", str(body.adapter), self.names)
+        with served.question():
+            return await method(served.engine, body, cache_salt=cache_salt)
 
     @asynccontextmanager
     async def unchanged(self) -> AsyncIterator[None]:
@@ -224,7 +204,7 @@ class Models:
                     await self._unload(served, body.lora_name)
                     return f"Success: LoRA adapter '{body.lora_name}' removed successfully."
         adapters = [name for one in self.engines for name in one.adapter_names]
-        raise _not_found("lora_name", body.lora_name, adapters)
+        raise UnknownModelError("lora_name", body.lora_name, adapters)
 
     async def _unload(self, served: _Served, name: str) -> None:
         adapters = served.engine.ranker.model.adapters
@@ -237,10 +217,6 @@ class Models:
         await served.engine.unload_adapter(name)
         served.note_names()
 
-    def _check_adapter(self, body: RankBody | PrefixBody) -> None:
-        if body.adapter in self.find(body.model).ranker.model.adapters.leaving:
-            raise _not_found("adapter", str(body.adapter), self.names)
-
     def _check_allowed(self) -> None:
         if not self.config.allow_adapter_loading:
             raise ServingError(
@@ -250,28 +226,10 @@ class Models:
                 code="adapter_loading_not_allowed",
             )
 
-    async def _ask(
-        self,
-        model: str | None,
-        method: Callable[..., Awaitable[Answer]],
-        body: object,
-        terms: Mapping[str, Any],
-    ) -> Answer:
-        served = self._find(model)
-        with served.question():
-            return await method(served.engine, body, **terms)
-
     def _find(self, model: str | None) -> _Served:
         if model is None:
             return self._served[0]
         for one in self._served:
             if model == one.engine.model_name or model in one.engine.adapter_names:
                 return one
-        raise _not_found("model", model, self.names)
-
-
-def _not_found(field: str, name: str, names: list[str]) -> ServingError:
-    served = ", ".join(map(repr, names)) or "none"
-    return ServingError(
-        404, f"{field}: there is no {name!r}, this server has {served}", code="model_not_found"
-    )
+        raise UnknownModelError("model", model, self.names)

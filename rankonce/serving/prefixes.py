@@ -3,10 +3,16 @@
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Set
+from dataclasses import dataclass, replace
 
+from rankonce.errors import RequestError
 from rankonce.records import ScoreRequest
+from rankonce.serving.failures import ServingError
+from rankonce.serving.schemas import RankBody
+
+# What a prepared prefix says of a request, so that the request itself may not.
+_SAID_BY_PREFIX = ("task", "profile", "history", "examples", "time", "instruction")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +73,35 @@ class PreparedPrefixes:
         if prepared is None or prepared.cache_salt != cache_salt:
             return None
         return prepared if prepared.expires_at > self._clock() else None
+
+    def complete(
+        self, body: RankBody, handle: str, *, cache_salt: str | None, leaving: Set[str]
+    ) -> RankBody:
+        """Put what was prepared in front of a request's candidates.
+
+        Args:
+            leaving: adapters that no new question finds.
+
+        Raises:
+            RequestError: the request says something that the prefix says.
+            ServingError: there is no such prefix, or none any more.
+        """
+        for name in _SAID_BY_PREFIX:
+            if getattr(body, name):
+                raise RequestError(f"{name}: should be left out, since prefix says it")
+        prepared = self.find(handle, cache_salt=cache_salt)
+        if prepared is None or prepared.request.adapter in leaving:
+            raise ServingError(
+                404,
+                "prefix: there is none with this id, or it has expired; prepare it again, or send "
+                "the request whole",
+                code="prefix_not_found",
+            )
+        said = {name: getattr(prepared.request, name) for name in _SAID_BY_PREFIX}
+        adapter = prepared.request.adapter
+        if body.adapter not in (None, adapter):
+            raise RequestError(f"adapter: should be left out or {adapter!r}, as prefix says")
+        return replace(body, **said, adapter=adapter)
 
     def drop(self, adapter: str) -> None:
         """Forget the handles of an adapter that goes."""

@@ -12,12 +12,15 @@ from dataclasses import dataclass
 from rankonce.errors import RequestError
 from rankonce.prompts.tasks import Task
 from rankonce.records import Item, ScoreResult
-from rankonce.serving.answers import (
+from rankonce.serving.prompts import PromptReader
+from rankonce.serving.rerank_shapes import (
     AnyRerankAnswer,
+    Document,
     DocumentPart,
     MixedbreadAnswer,
     MixedbreadDocument,
     RerankAnswer,
+    RerankBody,
     RerankedDocument,
     RerankUsage,
     SglangDocument,
@@ -25,8 +28,6 @@ from rankonce.serving.answers import (
     VoyageAnswer,
     VoyageDocument,
 )
-from rankonce.serving.prompts import PromptReader
-from rankonce.serving.schemas import Document, RerankBody
 
 
 @dataclass(frozen=True, kw_only=True)

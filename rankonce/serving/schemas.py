@@ -1,21 +1,19 @@
 """Shapes of the questions that the server takes; those of its answers are in ``answers``.
 
+Reranking has its own module for both, ``rerank_shapes``.
+
 Unknown fields are refused everywhere. Fields that ask for what cannot be given are declared with
 the values that ask for nothing, so that the refusal names them.
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Literal
 
 from pydantic import (
     AfterValidator,
-    AliasChoices,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
-    ModelWrapValidatorHandler,
-    PrivateAttr,
     ValidationInfo,
     field_validator,
     model_validator,
@@ -41,16 +39,10 @@ from rankonce.serving.fields import (
     Refused,
     RefusedList,
     Timeout,
+    TopN,
+    example,
     only,
 )
-
-TopN: TypeAlias = Annotated[int, Field(ge=1)] | None
-
-
-def _example(*more: dict[str, Any], **fields: Any) -> ConfigDict:
-    return ConfigDict(
-        extra="forbid", allow_inf_nan=False, json_schema_extra={"examples": [fields, *more]}
-    )
 
 
 def _some_candidates(candidates: tuple[Item, ...]) -> tuple[Item, ...]:
@@ -66,7 +58,7 @@ def _no_candidates(candidates: tuple[Item, ...]) -> tuple[Item, ...]:
 
 
 @with_config(
-    _example(
+    example(
         task="movie-like",
         time=1_700_000_000,
         profile={"num_ratings": 42, "like_share": 0.6},
@@ -105,7 +97,7 @@ class RankBody(ScoreRequest):
 
 
 @with_config(
-    _example(
+    example(
         task="movie-like",
         time=1_700_000_000,
         profile={"num_ratings": 42, "like_share": 0.6},
@@ -125,117 +117,6 @@ class PrefixBody(ScoreRequest):
     ttl_s: Annotated[int, Field(ge=1)] | None = None
     priority: Priority = 0
     timeout_ms: Timeout = None
-
-
-class Document(BaseModel):
-    """A candidate of a rerank question; fields beside these are given back as they came."""
-
-    model_config = ConfigDict(extra="allow")
-    text: str | None = None
-    title: str | None = None
-
-
-def _document(value: Any) -> Any:
-    if isinstance(value, str):
-        return {"text": value}
-    if not isinstance(value, dict):
-        raise ValueError('should be text or {"text": "...", "title": "..."}')
-    return value
-
-
-# Words for the same that are never in one question.
-_DOCUMENTS = ("documents", "texts", "input")
-_BOUNDS = ("top_n", "top_k")
-_RETURNS = ("return_documents", "return_text", "return_input")
-_INSTRUCTIONS = ("instruction", "instruct")
-
-_QUERY = "how do plants make food"
-_TEXTS = ["Photosynthesis turns light into sugar.", "Heat is a film of 1995."]
-
-RerankForm: TypeAlias = Literal["cohere", "voyage", "mixedbread", "tei", "sglang"]
-
-
-class RerankBody(BaseModel):
-    """The rerank question of Cohere and Jina, and of those whose words differ.
-
-    Attributes:
-        rank_fields: the fields of a document that are read, in this order, where it has them.
-        max_tokens_per_doc: documents are read up to here; the answer says which were longer.
-        instruction: stands in the prompt instead of the task's.
-    """
-
-    model_config = _example(
-        {"query": _QUERY, "documents": _TEXTS, "top_k": 1, "truncation": True},
-        {"query": _QUERY, "input": _TEXTS, "top_k": 1, "return_input": True},
-        {"query": _QUERY, "texts": _TEXTS, "return_text": True},
-        {"query": _QUERY, "documents": _TEXTS, "instruct": "Judge as a teacher of biology."},
-        {
-            "query": _QUERY,
-            "documents": [{"title": "Plants", "body": _TEXTS[0], "id": "7"}],
-            "rank_fields": ["title", "body"],
-            "return_documents": True,
-        },
-        query=_QUERY,
-        documents=_TEXTS,
-        top_n=2,
-        return_documents=True,
-    )
-    query: str
-    documents: Annotated[
-        list[Annotated[Document, BeforeValidator(_document)]],
-        Field(min_length=1, validation_alias=AliasChoices(*_DOCUMENTS)),
-    ]
-    top_n: Annotated[TopN, Field(validation_alias=AliasChoices(*_BOUNDS))] = None
-    return_documents: Annotated[bool | None, Field(validation_alias=AliasChoices(*_RETURNS))] = None
-    rank_fields: Annotated[list[str], Field(min_length=1)] | None = None
-    max_tokens_per_doc: Annotated[int, Field(ge=1)] | None = None
-    instruction: Annotated[str | None, Field(validation_alias=AliasChoices(*_INSTRUCTIONS))] = None
-    task: str = "search-relevance"
-    model: str | None = None
-    raw_scores: Annotated[bool | None, only(False, why="scores lie between 0 and 1")] = None
-    relevant_spans: Refused = None
-    max_chunks_per_doc: Ignored = None
-    priority: Priority = 0
-    timeout_ms: Timeout = None
-    truncate: Ignored = None
-    truncation: Ignored = None
-    truncation_direction: Ignored = None
-    user: Ignored = None
-
-    _names: frozenset[str] = PrivateAttr(default=frozenset())
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _keep_names(cls, data: Any, read: ModelWrapValidatorHandler["RerankBody"]) -> "RerankBody":
-        if not isinstance(data, dict):
-            return read(data)
-        for words in (_DOCUMENTS, _BOUNDS, _RETURNS, _INSTRUCTIONS):
-            if len(given := [word for word in words if word in data]) > 1:
-                raise ValueError(f"{given[1]}: should be left out beside {given[0]}")
-        body = read(data)
-        body._names = frozenset(data)
-        if body.max_tokens_per_doc is not None and body.form in ("tei", "sglang"):
-            raise ValueError(
-                "max_tokens_per_doc: should be left out, since the answer is a bare list that "
-                "cannot say what was cut"
-            )
-        return body
-
-    @property
-    def documents_field(self) -> str:
-        """What the question calls its documents."""
-        return next((word for word in _DOCUMENTS if word in self._names), "documents")
-
-    @property
-    def form(self) -> RerankForm:
-        """Whose words the question has, which decides the form of the answer."""
-        if "texts" in self._names:
-            return "tei"
-        if "input" in self._names:
-            return "mixedbread"
-        if "instruct" in self._names:
-            return "sglang"
-        return "voyage" if self._names & {"top_k", "truncation"} else "cohere"
 
 
 class WithLabels(BaseModel):
@@ -261,7 +142,7 @@ class WithLabels(BaseModel):
 class ScoreBody(WithLabels):
     """SGLang's score question, with labels as words beside it."""
 
-    model_config = _example(
+    model_config = example(
         query="Film: Heat (1995)\nWill the member like it?",
         items=["\nAnswer:", "\nReply:"],
         labels=[" Yes", " No"],
@@ -292,7 +173,7 @@ class GenerativeScoringBody(WithLabels):
     query and items are encoded apart, and the score is the probability of the first label.
     """
 
-    model_config = _example(
+    model_config = example(
         query="Film: Heat (1995)\n",
         items=["Will the member like it? Answer:", "Is it new? Answer:"],
         labels=[" Yes", " No"],
@@ -315,7 +196,7 @@ class GenerativeScoringBody(WithLabels):
 class CompletionBody(WithLabels):
     """OpenAI's completions question for one token."""
 
-    model_config = _example(
+    model_config = example(
         prompt=["Film: Heat (1995)\nAnswer:", "Film: Big (1988)\nAnswer:"],
         max_tokens=1,
         logprobs=2,
@@ -366,7 +247,7 @@ class Message(BaseModel):
 class ChatBody(WithLabels):
     """OpenAI's chat question for one token."""
 
-    model_config = _example(
+    model_config = example(
         messages=[{"role": "user", "content": "Is Heat (1995) a film? Answer Yes or No."}],
         max_completion_tokens=1,
         logprobs=True,
@@ -438,7 +319,7 @@ class LoadAdapterBody(BaseModel):
         model: the model that it is over; the first one by default. Ours.
     """
 
-    model_config = _example(lora_name="films", lora_path="runs/films")
+    model_config = example(lora_name="films", lora_path="runs/films")
     lora_name: str
     lora_path: str
     load_inplace: bool = False
@@ -451,6 +332,6 @@ class LoadAdapterBody(BaseModel):
 class UnloadAdapterBody(BaseModel):
     """vLLM's question to forget an adapter."""
 
-    model_config = _example(lora_name="films")
+    model_config = example(lora_name="films")
     lora_name: str
     lora_int_id: Ignored = None

@@ -15,12 +15,12 @@ from rankonce.prompts.spelling import FieldSpec
 from rankonce.prompts.tasks import HistoryLines, Lines, Task, library_tasks
 from rankonce.records import Event, Item
 from rankonce.serving.engine import Engine
+from rankonce.serving.rerank_shapes import RerankBody
 from rankonce.serving.schemas import (
     ChatBody,
     CompletionBody,
     GenerativeScoringBody,
     RankBody,
-    RerankBody,
     ScoreBody,
 )
 

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 from pathlib import Path
 from random import Random
@@ -127,10 +127,12 @@ def stream_examples(path: Path, *, has_labels: bool = True) -> Iterator[Training
         with path.open(encoding="utf-8", newline="\n") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
+                    source = f"{path}: line {number}"
                     try:
-                        yield _read_example(json.loads(line), has_labels=has_labels)
+                        example = _read_example(json.loads(line), has_labels=has_labels)
                     except (json.JSONDecodeError, RecursionError, RankOnceError) as error:
-                        raise DataError(f"{path}: line {number}: {error}") from error
+                        raise DataError(f"{source}: {error}") from error
+                    yield replace(example, source=source)
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
 
@@ -166,14 +168,14 @@ def tokenize_examples(
             ``None`` uses the task's own.
 
     Raises:
-        DataError: says which example cannot be rendered, and why.
+        DataError: names the file and the line, or the example, that cannot be rendered.
     """
     choose = WordingChoice(tasks, style_seed=style_seed)
     for number, example in enumerate(examples, start=1):
         try:
             yield _tokenize(example, renderer, choose(example.request.task))
         except RankOnceError as error:
-            raise DataError(f"example {number}: {error}") from error
+            raise DataError(f"{example.place(number)}: {error}") from error
 
 
 class WordingChoice:

@@ -177,6 +177,17 @@ RECIPES: Mapping[str, Callable[[], Recipe]] = {
 }
 
 
+def find_recipe(name: str) -> Recipe:
+    """Build the recipe of this name.
+
+    Raises:
+        TrainingError: there is none.
+    """
+    if name not in RECIPES:
+        raise TrainingError(f"recipe: should be one of {', '.join(RECIPES)}, is {name!r}")
+    return RECIPES[name]()
+
+
 def run_recipe(
     recipe: Recipe,
     data: Path,

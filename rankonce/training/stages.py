@@ -13,7 +13,7 @@ from typing import Any
 
 import polars as pl
 
-from rankonce.errors import DataError
+from rankonce.errors import DataError, RankOnceError
 from rankonce.prompts.rendering import Renderer
 from rankonce.prompts.tasks import Task, find_task
 from rankonce.records import TrainingExample
@@ -112,8 +112,11 @@ def label_source(
 
     def texts(renderer: Renderer) -> Iterable[str]:
         choose = WordingChoice(tasks, style_seed=style_seed)
-        for example in islice(first, _NUM_TOKENIZER_EXAMPLES):
-            rendered = renderer.render(choose(example.request.task), example.request)
+        for number, example in enumerate(islice(first, _NUM_TOKENIZER_EXAMPLES), start=1):
+            try:
+                rendered = renderer.render(choose(example.request.task), example.request)
+            except RankOnceError as error:
+                raise DataError(f"{example.place(number)}: {error}") from error
             yield rendered.prefix.removeprefix(renderer.encoder.head)
             yield from rendered.segments
 

@@ -13,11 +13,11 @@ import pytest
 from rankonce.benchmarks.serve import (
     ServeBenchmark,
     greatest_difference,
-    load_offline_ranker,
     measure_serving,
 )
 from rankonce.benchmarks.serve_arms import ARMS, Setup
 from rankonce.benchmarks.serve_load import JSON_HEADERS
+from rankonce.benchmarks.serve_models import load_offline_ranker
 from rankonce.benchmarks.serve_report import describe_serving, plot_serving
 from rankonce.benchmarks.serve_servers import ServerError, ServerProcess, free_port
 from rankonce.benchmarks.serve_transformers import create_transformers_app

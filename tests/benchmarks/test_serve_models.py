@@ -2,8 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from rankonce.benchmarks.serve import load_offline_ranker
-from rankonce.benchmarks.serve_models import shared_checkpoint
+from rankonce.benchmarks.serve_models import load_offline_ranker, shared_checkpoint
 from rankonce.benchmarks.serve_workloads import BENCH_SCORE, LoadWriter
 from rankonce.errors import ModelError
 

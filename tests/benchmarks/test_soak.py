@@ -9,9 +9,9 @@ from typing import Any
 import httpx
 import pytest
 
-from rankonce.benchmarks.serve import load_offline_ranker
 from rankonce.benchmarks.serve_arms import Setup
 from rankonce.benchmarks.serve_load import JSON_HEADERS
+from rankonce.benchmarks.serve_models import load_offline_ranker
 from rankonce.benchmarks.soak import SoakBenchmark, run_soak
 from rankonce.benchmarks.soak_memory import MemorySample, describe_memory
 from rankonce.benchmarks.soak_report import describe_soak

@@ -56,7 +56,21 @@ def test_a_student_is_distilled_and_the_second_costs_nothing(
         (("--recipe", "ml2m"), 1, "error: recipe: should be one of ml1m"),
         ((), 1, "error: teacher: target 'soft' needs one"),
         (("--store", "x.sqlite"), 2, "belongs to --teacher"),
-        (("--teacher", "nowhere", "--store", "x.sqlite"), 1, "error: "),
+        (
+            ("--teacher", "nowhere", "--store", "x.sqlite"),
+            1,
+            "error: teacher: there is no folder nowhere, nor a repository that can be read: ",
+        ),
+        (
+            ("--teacher", "./nowhere", "--store", "x.sqlite"),
+            1,
+            "error: teacher: there is no folder ./nowhere; should be a checkpoint's or a URL",
+        ),
+        (
+            ("--teacher", "runs/of/nobody", "--store", "x.sqlite"),
+            1,
+            "error: teacher: there is no folder runs/of/nobody; should be",
+        ),
         (("--teacher", "http://127.0.0.1:1", "--store", "x.sqlite"), 1, "http://127.0.0.1:1"),
     ],
 )
@@ -84,3 +98,55 @@ def test_a_ladder_prints_its_table(run: Command, folder: Path, tmp_path: Path) -
     head, _, *rows = done.out.splitlines()
     assert head.startswith("| rung | parameters | teacher | movie-like auc |")
     assert [row.split(" | ")[0] for row in rows] == ["| large", "| middle", "| small"]
+
+
+def test_a_ladder_without_its_teacher_begins_no_rung(
+    run: Command, folder: Path, tmp_path: Path
+) -> None:
+    text = """
+data: [examples.jsonl]
+store: scores.sqlite
+rungs:
+  - {name: large, size: 0.07m}
+  - {name: small, size: 0.07m, teacher: ./nowhere}
+"""
+    path = write_ladder(folder, tmp_path, text)
+    done = run("ladder", path, "--out", tmp_path / "out")
+    assert done.exit_code == 1
+    assert "error: teacher: there is no folder ./nowhere" in done.err
+    assert not (tmp_path / "out").exists()
+
+
+def _with_a_long_candidate(folder: Path, path: Path) -> Path:
+    """Write the examples again, after a blank line, the second with one candidate more."""
+    lines = [json.loads(line) for line in (folder / "examples.jsonl").read_text().splitlines()]
+    lines[1]["candidates"].append({"fields": {"title": "Alien " * 5000}})
+    lines[1]["labels"].append("Yes")
+    path.write_text("\n" + "".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_a_text_that_is_too_long_is_named_by_file_and_line(
+    run: Command, folder: Path, model: Path, tmp_path: Path
+) -> None:
+    data = _with_a_long_candidate(folder, tmp_path / "long.jsonl")
+    done = run("finetune", "--data", data, "--model", model, "--out", tmp_path / "a")
+    assert done.exit_code == 1
+    assert f"error: {data}: line 3: candidates[6]: the prompt has" in done.err
+    hard = ("distill", "--target", "hard", "--loss", "forward-kl")
+    done = run(*hard, "--data", data, "--model", model, "--out", tmp_path / "b")
+    assert done.exit_code == 1
+    assert f"error: {data}: line 3: candidates[6]: the prompt has" in done.err
+
+
+def test_a_text_that_is_too_long_for_a_teacher_is_named_though_others_are_known(
+    run: Command, folder: Path, model: Path, tmp_path: Path
+) -> None:
+    common = ("distill", *_BUDGET, "--teacher", model, "--store", tmp_path / "scores.sqlite")
+    first = ("--data", folder / "examples.jsonl", "--size", "0.07m", "--out", tmp_path / "a")
+    assert run(*common, *first).exit_code == 0
+    # Of the second request the teacher is asked for the one candidate that it does not know yet.
+    data = _with_a_long_candidate(folder, tmp_path / "long.jsonl")
+    done = run(*common, "--data", data, "--model", model, "--out", tmp_path / "b")
+    assert done.exit_code == 1
+    assert f"error: {data}: line 3: the teacher: candidates[6]: the prompt has" in done.err

@@ -72,6 +72,21 @@ def test_a_server_with_other_weights_does_not_mix_into_a_store(tmp_path: Path) -
         other.close()
 
 
+def test_a_request_that_a_server_refuses_is_named_by_its_place(tmp_path: Path) -> None:
+    known = EXAMPLES[0]
+    long = replace(known.request.candidates[0], fields={"title": "Alien " * 5000})
+    request = replace(known.request, candidates=(*known.request.candidates, long))
+    more = TrainingExample(request=request, labels=(), source="films.jsonl: line 7")
+    place = len(known.request.candidates)
+    with serving(build_ranker()) as http, ScoreStore(tmp_path / "scores") as store:
+        teacher = ServedTeacher(ClientConfig(url=str(http.base_url)))
+        fill_store(store, teacher, [known], TASKS)
+        fault = rf"^films.jsonl: line 7: the teacher: .*candidates\[{place}\]: the prompt has"
+        with pytest.raises(DataError, match=fault):
+            fill_store(store, teacher, [more], TASKS)
+        teacher.close()
+
+
 def test_labels_that_differ_are_named_on_both_sides(tmp_path: Path) -> None:
     task = TASKS["movie-like"]
     data = task.model_dump()

@@ -296,7 +296,7 @@ def test_every_recipe_builds(name: str) -> None:
         (
             '{"task": "movie-like", "candidates": [{"fields": {"title": "x"}}], "labels": ["Hm"]}',
             DataError,
-            "example 1: labels: should be of Yes, No",
+            "examples.jsonl: line 1: labels: should be of Yes, No",
         ),
         (
             '{"task": "movie-like", "candidates": [{"fields": {"title": "x"}}],'

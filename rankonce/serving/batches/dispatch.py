@@ -8,20 +8,16 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import from_json, to_jsonable_python
 
+from rankonce.serving.engine import Engine
 from rankonce.serving.failures import answer_failure
 from rankonce.serving.models import Models
+from rankonce.serving.rerank_shapes import RerankBody
 from rankonce.serving.schemas import (
     ChatBody,
     CompletionBody,
     GenerativeScoringBody,
     RankBody,
-    RerankBody,
     ScoreBody,
-)
-
-ENDPOINTS = (
-    *("/v1/completions", "/v1/chat/completions", "/v1/rank", "/v1/score", "/generative_scoring"),
-    "/v1/rerank",
 )
 
 # Whatever a line says of its priority: live questions are served first.
@@ -51,42 +47,45 @@ class Submit(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class _Endpoint:
-    question: TypeAdapter[Any]
-    answer: Callable[..., Awaitable[object]]
+    question: type
+    method: Callable[..., Awaitable[object]]
     skips_none: bool = False
+
+
+_ENDPOINTS = {
+    "/v1/completions": _Endpoint(question=CompletionBody, method=Engine.complete),
+    "/v1/chat/completions": _Endpoint(question=ChatBody, method=Engine.chat),
+    "/v1/rank": _Endpoint(question=RankBody, method=Engine.rank),
+    "/v1/score": _Endpoint(question=ScoreBody, method=Engine.score),
+    "/generative_scoring": _Endpoint(
+        question=GenerativeScoringBody, method=Engine.score_generatively
+    ),
+    "/v1/rerank": _Endpoint(question=RerankBody, method=Engine.rerank, skips_none=True),
+}
+ENDPOINTS = tuple(_ENDPOINTS)
 
 
 class Dispatcher:
     """Asks the models as the routes do, so that a line gets the answer that a client would."""
 
     def __init__(self, models: Models) -> None:
-        self._endpoints = {
-            "/v1/completions": _Endpoint(
-                question=TypeAdapter(CompletionBody), answer=models.complete
-            ),
-            "/v1/chat/completions": _Endpoint(question=TypeAdapter(ChatBody), answer=models.chat),
-            "/v1/rank": _Endpoint(question=TypeAdapter(RankBody), answer=models.rank),
-            "/v1/score": _Endpoint(question=TypeAdapter(ScoreBody), answer=models.score),
-            "/generative_scoring": _Endpoint(
-                question=TypeAdapter(GenerativeScoringBody), answer=models.score_generatively
-            ),
-            "/v1/rerank": _Endpoint(
-                question=TypeAdapter(RerankBody), answer=models.rerank, skips_none=True
-            ),
+        self._models = models
+        self._readers: dict[str, TypeAdapter[Any]] = {
+            path: TypeAdapter(endpoint.question) for path, endpoint in _ENDPOINTS.items()
         }
 
     async def submit(self, path: str, body: Mapping[str, Any], *, owner: str) -> Reply:
         """Answer one question; whatever fails is an answer too."""
-        endpoint = self._endpoints[path]
+        endpoint = _ENDPOINTS[path]
         try:
             try:
-                question = endpoint.question.validate_python({**body, "priority": _LAST})
+                question = self._readers[path].validate_python({**body, "priority": _LAST})
             except ValidationError as error:
                 faults = error.errors(include_url=False)
                 raise RequestValidationError(
                     [{**fault, "loc": ("body", *fault["loc"])} for fault in faults]
                 ) from error
-            answer = await endpoint.answer(question, cache_salt=owner or None)
+            answer = await self._models.ask(endpoint.method, question, cache_salt=owner or None)
         except Exception as error:  # a fault of one line should not stop its batch
             response = await answer_failure(path, error)
             retry_after = response.headers.get("retry-after", "")
