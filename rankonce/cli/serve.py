@@ -109,6 +109,10 @@ def serve(
     max_questions: Annotated[
         int, typer.Option(min=1, help="Questions under way; more are refused with 429.")
     ] = 1024,
+    max_queue_s: Annotated[
+        float,
+        typer.Option(min=0.1, help="Work before a question that may wait; more is a 429."),
+    ] = 30.0,
     text_threads: Annotated[
         int, typer.Option(min=1, help="Threads that tokenise and write answers.")
     ] = 2,
@@ -265,7 +269,10 @@ def serve(
         port=port,
         served_model_name=served_model_name,
         batching=BatcherConfig(
-            max_wait_ms=max_wait_ms, max_questions=max_questions, num_text_threads=text_threads
+            max_wait_ms=max_wait_ms,
+            max_questions=max_questions,
+            max_queue_s=max_queue_s,
+            num_text_threads=text_threads,
         ),
         result_cache_pairs=result_cache_pairs,
         pinned_tasks=tuple(pin_task or ()),

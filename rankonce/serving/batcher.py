@@ -48,6 +48,9 @@ class BatcherConfig:
             join its pass. A pass that is full begins at once, and so does one that nobody else is
             on the way to.
         max_questions: admitted and not answered; more are refused with 429.
+        max_queue_s: how long what is served before a question may take, at the best speed seen
+            lately; a question that would wait longer is refused with 429, since its client will
+            have given up.
         max_waiting_tokens: of the questions that wait; one that finds others waiting and would go
             beyond it is refused with 429.
         num_text_threads: threads that render, tokenise and write answers.
@@ -55,6 +58,7 @@ class BatcherConfig:
 
     max_wait_ms: float = 5.0
     max_questions: int = 1024
+    max_queue_s: float = 30.0
     max_waiting_tokens: int = 4_000_000
     num_text_threads: int = 2
 
@@ -206,6 +210,9 @@ class Batcher:
         waiting_tokens = self._waiting_tokens()
         if waiting_tokens and waiting_tokens + question.num_tokens > self.config.max_waiting_tokens:
             raise self._refuse_busy(f"{waiting_tokens} tokens wait")
+        ahead_s = self._seconds_for(self._waiting_tokens(priority=terms.priority))
+        if ahead_s > self.config.max_queue_s:
+            raise self._refuse_busy(f"what waits already takes {ahead_s:.0f} s")
         waiting = _Waiting(question=question, answer=loop.create_future())
         self._waiting.append(waiting)
         self._came.set()
@@ -221,13 +228,19 @@ class Batcher:
             with suppress(ValueError):
                 self._waiting.remove(waiting)
 
-    def _waiting_tokens(self) -> int:
-        return sum(waiting.question.num_tokens for waiting in self._waiting)
+    def _waiting_tokens(self, *, priority: float = math.inf) -> int:
+        """Count the tokens of what waits and is not after a priority."""
+        waiting = (one.question for one in self._waiting if one.question.priority <= priority)
+        return sum(question.left_tokens for question in waiting)
+
+    def _seconds_for(self, num_tokens: int) -> float:
+        """Estimate the seconds that tokens take; 0 before the first pass."""
+        speed = max(self._speeds, default=0.0)
+        return num_tokens / speed if speed else 0.0
 
     def _seconds_left(self) -> float:
         """Estimate the seconds until what waits now is computed."""
-        speed = max(self._speeds, default=0.0)
-        return min(_MAX_RETRY_S, self._waiting_tokens() / speed) if speed else 1.0
+        return min(_MAX_RETRY_S, self._seconds_for(self._waiting_tokens()) or 1.0)
 
     def _refuse_busy(self, reason: str) -> LaterError:
         self.observations.on_refusal(Refusal.QUEUE_FULL)

@@ -183,6 +183,26 @@ def test_tokens_that_wait_are_bounded_but_one_question_always_may(ranker: Ranker
     assert answers[1].status_code == 429
 
 
+def test_who_would_wait_too_long_is_refused_unless_served_first(ranker: Ranker) -> None:
+    request, long = tokens_of(ranker, 3), tokens_of(ranker, 1000, seed=1)
+
+    async def ask(batcher: Batcher) -> Any:
+        # The speed is known after a pass; what came before it waits as long as it takes.
+        await batcher.forward([request])
+        waits = asyncio.create_task(batcher.forward([long]))
+        await asyncio.sleep(0)
+        with pytest.raises(LaterError, match="what waits already takes") as refused:
+            await batcher.forward([request])
+        urgent = await batcher.forward([request], terms=Terms(priority=-1))
+        return refused.value, urgent, await waits
+
+    (error, urgent, waited), _, heard = run(ranker, ask, max_queue_s=0.01)
+    assert (error.status_code, error.code) == (429, "queue_full")
+    assert heard.count(Refusal.QUEUE_FULL) == 1
+    assert_same(urgent[0], ranker.forward([request])[0])
+    assert_same(waited[0], ranker.forward([long])[0])
+
+
 def test_a_deadline_that_passes_refuses_and_stops_the_work(ranker: Ranker) -> None:
     long = tokens_of(ranker, 3000)
 
