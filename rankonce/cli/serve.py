@@ -7,10 +7,19 @@ import threading
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rankonce.cli.cluster.options import (
+    MaxReplicasOption,
+    RayAddressOption,
+    RayOption,
+    ReplicasOption,
+    TargetQuestionsOption,
+    check_replicas,
+    refuse_with_ray,
+)
 from rankonce.cli.options import (
     AdapterOption,
     ChatOption,
@@ -31,6 +40,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_NOT_WITH_RAY = {
+    "--data-dir": "files and batches live in one process; rankonce score --ray is for many",
+    "--allow-adapter-loading": "one replica would load it, the others not",
+    "--header-timeout": "Ray's proxies take the questions",
+    "--write-timeout": "Ray's proxies send the answers",
+    "--drain-delay": "Ray's proxies know which replicas are about to stop",
+}
+
 
 class LogFormat(StrEnum):
     """``rankonce.serving.logs.LogFormat``, which imports what an extra brings."""
@@ -40,6 +57,7 @@ class LogFormat(StrEnum):
 
 
 def serve(
+    context: typer.Context,
     host: Annotated[
         str, typer.Option("--host", help="Address to listen on; see --api-keys for others.")
     ] = "127.0.0.1",
@@ -207,6 +225,11 @@ def serve(
         float,
         typer.Option("--drain-timeout", min=1, help="Seconds that running questions get then."),
     ] = 30,
+    ray: RayOption = False,
+    ray_address: RayAddressOption = None,
+    replicas: ReplicasOption = None,
+    max_replicas: MaxReplicasOption = None,
+    target_questions: TargetQuestionsOption = None,
 ) -> None:
     """Serve scores over HTTP, to clients of OpenAI, SGLang, vLLM, Cohere, Jina and others too.
 
@@ -220,6 +243,9 @@ def serve(
     except ImportError as error:
         library = (error.name or "fastapi").replace("_", "-")
         raise MissingDependencyError(library, extra="serve") from error
+    check_replicas(ray, ray_address, replicas, max_replicas, target_questions)
+    if ray:
+        refuse_with_ray(context, _NOT_WITH_RAY)
     models = _read_models(model, served_model_name=served_model_name)
     adapters = read_adapters(adapter)
     if len(models) > 1 and adapters:
@@ -281,25 +307,42 @@ def serve(
             "with the word adapters",
             param_hint="--allow-adapter-loading",
         )
+    loading: dict[str, Any] = {
+        "task_files": task_file,
+        "device": device,
+        "precision": precision,
+        "keep": keep,
+        "max_tokens_per_pass": max_tokens_per_pass,
+        "prefix_cache_mb": prefix_cache_mb,
+        "trust_remote_code": trust_remote_code,
+        "chat": chat,
+        "adapters": adapters,
+    }
+    if ray:
+        from rankonce.cli.cluster.serving import RayServing, ReplicaPlan, serve_on_ray
+
+        plan = ReplicaPlan(
+            models=models,
+            loading=loading,
+            config=config,
+            operations=operations,
+            log_format=log_format.value,
+        )
+        serve_on_ray(
+            RayServing(
+                plan=plan,
+                address=ray_address,
+                replicas=replicas or 1,
+                max_replicas=max_replicas,
+                target_questions=target_questions or 8.0,
+            )
+        )
+        return
     # A taken folder or port should be known before the weights are read.
     if data_dir is not None:
         DataFolder(data_dir).close()
     listener = open_listener(config)
-    rankers = {
-        name: load_ranker(
-            source,
-            task_files=task_file,
-            device=device,
-            precision=precision,
-            keep=keep,
-            max_tokens_per_pass=max_tokens_per_pass,
-            prefix_cache_mb=prefix_cache_mb,
-            trust_remote_code=trust_remote_code,
-            chat=chat,
-            adapters=adapters,
-        )
-        for name, source in models.items()
-    }
+    rankers = {name: load_ranker(source, **loading) for name, source in models.items()}
     # From here on a client that comes waits until it is answered.
     listener.listen()
     shown = f"[{host}]" if ":" in host else host

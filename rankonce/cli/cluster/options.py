@@ -1,0 +1,113 @@
+"""The options of ``--ray``, and what does not go with them."""
+
+from collections.abc import Mapping
+from typing import Annotated
+
+import typer
+
+RayOption = Annotated[bool, typer.Option("--ray", help="Run on a Ray cluster.")]
+RayAddressOption = Annotated[
+    str | None,
+    typer.Option(
+        "--ray-address",
+        metavar="HOST:PORT",
+        help="Running cluster; auto is the one that this machine belongs to.",
+        show_default="a cluster of this machine alone, which ends with the command",
+    ),
+]
+WorkersOption = Annotated[
+    int | None,
+    typer.Option(
+        "--workers",
+        min=1,
+        help="Copies of the model that --ray scores with.",
+        show_default="one a GPU, or one a CPU where there is no GPU",
+    ),
+]
+ShardRowsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--shard-rows",
+        min=1,
+        help="Lines or rows of one shard of --ray: what a worker that dies loses.",
+        show_default="1000",
+    ),
+]
+ReplicasOption = Annotated[
+    int | None,
+    typer.Option(
+        "--replicas", min=1, help="Copies of the server that --ray starts.", show_default="1"
+    ),
+]
+MaxReplicasOption = Annotated[
+    int | None,
+    typer.Option(
+        "--max-replicas",
+        min=1,
+        help="Start up to so many replicas under load, and stop them after it.",
+        show_default="as many as --replicas",
+    ),
+]
+TargetQuestionsOption = Annotated[
+    float | None,
+    typer.Option(
+        "--target-questions",
+        min=0.1,
+        help="Questions under way in a replica, on average, above which --max-replicas adds one.",
+        show_default="8",
+    ),
+]
+
+
+def check_ray_usage(ray: bool, options: Mapping[str, object]) -> None:
+    """Refuse options of ``--ray`` without it, and an address that is none.
+
+    Args:
+        options: values by name; ``None`` where an option is not given.
+    """
+    for name, value in options.items():
+        if value is not None and not ray:
+            raise typer.BadParameter("goes with --ray", param_hint=name)
+    if str(options["--ray-address"]).startswith("ray://"):
+        raise typer.BadParameter(
+            "should be HOST:PORT of the cluster's head, or auto; through ray:// work is handed in "
+            "with ray job submit",
+            param_hint="--ray-address",
+        )
+
+
+def refuse_with_ray(context: typer.Context, reasons: Mapping[str, str]) -> None:
+    """Refuse options that ``--ray`` has no use for.
+
+    Args:
+        reasons: why, by the names of the options.
+    """
+    for name, reason in reasons.items():
+        source = context.get_parameter_source(name.removeprefix("--").replace("-", "_"))
+        if source is not None and source.name != "DEFAULT":
+            raise typer.BadParameter(f"does not go with --ray: {reason}", param_hint=name)
+
+
+def check_replicas(
+    ray: bool,
+    address: str | None,
+    replicas: int | None,
+    max_replicas: int | None,
+    target_questions: float | None,
+) -> None:
+    """Refuse numbers of replicas that contradict each other or the absence of ``--ray``."""
+    check_ray_usage(
+        ray,
+        {
+            "--ray-address": address,
+            "--replicas": replicas,
+            "--max-replicas": max_replicas,
+            "--target-questions": target_questions,
+        },
+    )
+    if max_replicas is not None and max_replicas < (replicas or 1):
+        raise typer.BadParameter(
+            f"should be at least --replicas, {replicas}", param_hint="--max-replicas"
+        )
+    if target_questions is not None and max_replicas is None:
+        raise typer.BadParameter("goes with --max-replicas", param_hint="--target-questions")
