@@ -17,8 +17,7 @@ from rankonce.cli.cluster.options import (
     RayOption,
     ReplicasOption,
     TargetQuestionsOption,
-    check_replicas,
-    refuse_with_ray,
+    read_scale,
 )
 from rankonce.cli.options import (
     AdapterOption,
@@ -39,14 +38,6 @@ if TYPE_CHECKING:
     from rankonce.serving.operations import OperationsConfig
 
 logger = logging.getLogger(__name__)
-
-_NOT_WITH_RAY = {
-    "--data-dir": "files and batches live in one process; rankonce score --ray is for many",
-    "--allow-adapter-loading": "one replica would load it, the others not",
-    "--header-timeout": "Ray's proxies take the questions",
-    "--write-timeout": "Ray's proxies send the answers",
-    "--drain-delay": "Ray's proxies know which replicas are about to stop",
-}
 
 
 class LogFormat(StrEnum):
@@ -243,9 +234,7 @@ def serve(
     except ImportError as error:
         library = (error.name or "fastapi").replace("_", "-")
         raise MissingDependencyError(library, extra="serve") from error
-    check_replicas(ray, ray_address, replicas, max_replicas, target_questions)
-    if ray:
-        refuse_with_ray(context, _NOT_WITH_RAY)
+    scale = read_scale(context, ray, ray_address, replicas, max_replicas, target_questions)
     models = _read_models(model, served_model_name=served_model_name)
     adapters = read_adapters(adapter)
     if len(models) > 1 and adapters:
@@ -318,8 +307,8 @@ def serve(
         "chat": chat,
         "adapters": adapters,
     }
-    if ray:
-        from rankonce.cli.cluster.serving import RayServing, ReplicaPlan, serve_on_ray
+    if scale is not None:
+        from rankonce.cli.cluster.serving import ReplicaPlan, serve_on_ray
 
         plan = ReplicaPlan(
             models=models,
@@ -328,15 +317,7 @@ def serve(
             operations=operations,
             log_format=log_format.value,
         )
-        serve_on_ray(
-            RayServing(
-                plan=plan,
-                address=ray_address,
-                replicas=replicas or 1,
-                max_replicas=max_replicas,
-                target_questions=target_questions or 8.0,
-            )
-        )
+        serve_on_ray(plan, scale)
         return
     # A taken folder or port should be known before the weights are read.
     if data_dir is not None:

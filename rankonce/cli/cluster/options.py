@@ -1,6 +1,7 @@
 """The options of ``--ray``, and what does not go with them."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated
 
 import typer
@@ -58,6 +59,32 @@ TargetQuestionsOption = Annotated[
     ),
 ]
 
+# What one process does for itself, and several cannot do together.
+_NOT_SERVED = {
+    "--data-dir": "files and batches live in one process; rankonce score --ray is for many",
+    "--allow-adapter-loading": "one replica would load it, the others not",
+    "--header-timeout": "Ray's proxies take the questions",
+    "--write-timeout": "Ray's proxies send the answers",
+    "--drain-delay": "Ray's proxies know which replicas are about to stop",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """How far a server scales.
+
+    Attributes:
+        address: of the cluster; ``None`` starts one of this machine alone.
+        replicas: how many there are, at least.
+        max_replicas: how many there may be under load; ``None`` adds none.
+        target_questions: questions under way in a replica above which one more is started.
+    """
+
+    address: str | None
+    replicas: int
+    max_replicas: int | None
+    target_questions: float
+
 
 def check_ray_usage(ray: bool, options: Mapping[str, object]) -> None:
     """Refuse options of ``--ray`` without it, and an address that is none.
@@ -76,26 +103,15 @@ def check_ray_usage(ray: bool, options: Mapping[str, object]) -> None:
         )
 
 
-def refuse_with_ray(context: typer.Context, reasons: Mapping[str, str]) -> None:
-    """Refuse options that ``--ray`` has no use for.
-
-    Args:
-        reasons: why, by the names of the options.
-    """
-    for name, reason in reasons.items():
-        source = context.get_parameter_source(name.removeprefix("--").replace("-", "_"))
-        if source is not None and source.name != "DEFAULT":
-            raise typer.BadParameter(f"does not go with --ray: {reason}", param_hint=name)
-
-
-def check_replicas(
+def read_scale(
+    context: typer.Context,
     ray: bool,
     address: str | None,
     replicas: int | None,
     max_replicas: int | None,
     target_questions: float | None,
-) -> None:
-    """Refuse numbers of replicas that contradict each other or the absence of ``--ray``."""
+) -> Scale | None:
+    """Read how far ``rankonce serve`` scales, ``None`` without ``--ray``."""
     check_ray_usage(
         ray,
         {
@@ -105,9 +121,21 @@ def check_replicas(
             "--target-questions": target_questions,
         },
     )
+    if not ray:
+        return None
+    for name, reason in _NOT_SERVED.items():
+        source = context.get_parameter_source(name.removeprefix("--").replace("-", "_"))
+        if source is not None and source.name != "DEFAULT":
+            raise typer.BadParameter(f"does not go with --ray: {reason}", param_hint=name)
     if max_replicas is not None and max_replicas < (replicas or 1):
         raise typer.BadParameter(
             f"should be at least --replicas, {replicas}", param_hint="--max-replicas"
         )
     if target_questions is not None and max_replicas is None:
         raise typer.BadParameter("goes with --max-replicas", param_hint="--target-questions")
+    return Scale(
+        address=address,
+        replicas=replicas or 1,
+        max_replicas=max_replicas,
+        target_questions=target_questions or 8.0,
+    )

@@ -17,6 +17,7 @@ from typing import Any
 from fastapi import FastAPI
 
 from rankonce.cli.cluster.connection import connected, count_gpus, whole_paths, whole_source
+from rankonce.cli.cluster.options import Scale
 from rankonce.cli.options import load_ranker
 from rankonce.errors import ClusterError, OperationsError
 from rankonce.serving.app import create_app, open_listener
@@ -51,24 +52,6 @@ class ReplicaPlan:
     log_format: LogFormat
 
 
-@dataclass(frozen=True, kw_only=True)
-class RayServing:
-    """A server on a cluster.
-
-    Attributes:
-        address: of the cluster; by default one is started on this machine.
-        replicas: how many there are, at least.
-        max_replicas: how many there may be under load; ``None`` adds none.
-        target_questions: questions under way in a replica above which one more is started.
-    """
-
-    plan: ReplicaPlan
-    address: str | None = None
-    replicas: int = 1
-    max_replicas: int | None = None
-    target_questions: float = 8.0
-
-
 class Replica:
     """What an actor of Ray Serve holds; ``serve.ingress`` gives it its ``app``."""
 
@@ -93,7 +76,7 @@ class Replica:
             raise ClusterError("the warm-up of a replica failed; its log says why")
 
 
-def serve_on_ray(serving: RayServing) -> None:
+def serve_on_ray(plan: ReplicaPlan, scale: Scale) -> None:
     """Serve on a cluster until the process is told to stop.
 
     Raises:
@@ -102,22 +85,21 @@ def serve_on_ray(serving: RayServing) -> None:
         OSError: the port is taken.
     """
     plan = replace(
-        serving.plan,
-        models={name: whole_source(one) for name, one in serving.plan.models.items()},
-        loading=whole_paths(serving.plan.loading),
+        plan,
+        models={name: whole_source(one) for name, one in plan.models.items()},
+        loading=whole_paths(plan.loading),
     )
-    serving = replace(serving, plan=plan)
     _check_limits(plan.operations)
     if not plan.config.port:
         raise OperationsError("--port: every proxy of --ray has the same one, so name it")
-    if serving.address is None:
+    if scale.address is None:
         # Ray would go on looking for a port that is taken.
         open_listener(plan.config).close()
-    with connected(serving.address, "serve") as ray:
-        _check_free(ray, serving.address)
+    with connected(scale.address, "serve") as ray:
+        _check_free(ray, scale.address)
         ray.serve.start(http_options={"host": plan.config.host, "port": plan.config.port})
         try:
-            _deploy(ray, serving)
+            _deploy(ray, plan, scale)
             _wait_until_told()
             logger.info("stopping: replicas finish what they answer")
         finally:
@@ -146,17 +128,17 @@ def _check_free(ray: Any, address: str | None) -> None:
     )
 
 
-def _deploy(ray: Any, serving: RayServing) -> None:
+def _deploy(ray: Any, plan: ReplicaPlan, scale: Scale) -> None:
     """Start the replicas and wait until they answer."""
-    serve, plan = ray.serve, serving.plan
+    serve = ray.serve
     questions = plan.config.batching.max_questions
-    replicas: dict[str, Any] = {"num_replicas": serving.replicas}
-    if serving.max_replicas is not None:
+    replicas: dict[str, Any] = {"num_replicas": scale.replicas}
+    if scale.max_replicas is not None:
         replicas = {
             "autoscaling_config": {
-                "min_replicas": serving.replicas,
-                "max_replicas": serving.max_replicas,
-                "target_ongoing_requests": serving.target_questions,
+                "min_replicas": scale.replicas,
+                "max_replicas": scale.max_replicas,
+                "target_ongoing_requests": scale.target_questions,
             }
         }
     deployment = serve.deployment(
@@ -181,7 +163,7 @@ def _deploy(ray: Any, serving: RayServing) -> None:
         raise ClusterError(f"no replica starts: {_cause(str(error))}") from error
     host, port = plan.config.host, plan.config.port
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    logger.info("%d replicas serve on %s of every machine that has one", serving.replicas, address)
+    logger.info("%d replicas serve on %s of every machine that has one", scale.replicas, address)
 
 
 def _cause(text: str) -> str:

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -60,36 +61,30 @@ class Shard:
 
 def plan_shards(path: Path, *, shard_rows: int) -> tuple[list[Shard], str]:
     """Cut a file of requests into shards; also its SHA-256."""
+    shards: list[Shard] = []
     if is_parquet(path):
         num_rows = open_parquet(path).metadata.num_rows
+        for start in range(0, num_rows, shard_rows):
+            num_lines = min(shard_rows, num_rows - start)
+            shards.append(Shard(index=len(shards), first=start + 1, num_lines=num_lines))
         with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        starts = range(0, num_rows, shard_rows)
-        return [
-            Shard(index=index, first=start + 1, num_lines=min(shard_rows, num_rows - start))
-            for index, start in enumerate(starts)
-        ], digest
-    hashed, places, end = hashlib.sha256(), [], 0
-    number = 0
+            return shards, hashlib.file_digest(file, "sha256").hexdigest()
+    hashed, offset, first = hashlib.sha256(), 0, 1
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if number % shard_rows == 1 or shard_rows == 1:
-                places.append((number, end))
-            end += len(line)
-            hashed.update(line)
-    ends = [*places[1:], (number + 1, end)]
-    return [
-        Shard(
-            index=index,
-            first=first,
-            num_lines=next_first - first,
-            offset=offset,
-            num_bytes=next_offset - offset,
-        )
-        for index, ((first, offset), (next_first, next_offset)) in enumerate(
-            zip(places, ends, strict=True)
-        )
-    ], hashed.hexdigest()
+        while lines := [*islice(file, shard_rows)]:
+            content = b"".join(lines)
+            hashed.update(content)
+            shards.append(
+                Shard(
+                    index=len(shards),
+                    first=first,
+                    num_lines=len(lines),
+                    offset=offset,
+                    num_bytes=len(content),
+                )
+            )
+            offset, first = offset + len(content), first + len(lines)
+    return shards, hashed.hexdigest()
 
 
 def read_shard(path: Path, shard: Shard) -> bytes:
@@ -203,9 +198,9 @@ class ShardFolder:
         return len({path.name.split(".")[1] for path in begun})
 
     def attempt(self, shard: Shard) -> tuple[Path, Path]:
-        """Name the files that one worker writes results and rejects to."""
+        """Name the files that this process writes results and rejects to."""
         # Two workers may have the same shard for a while: one that Ray took for dead goes on.
-        stem = self.path / _UNFINISHED / f"{shard.name}.{uuid4().hex}"
+        stem = self.path / _UNFINISHED / f"{shard.name}.{os.getpid()}-{uuid4().hex}"
         return Path(f"{stem}{self.suffix}"), Path(f"{stem}.rejects.jsonl")
 
     def publish(self, shard: Shard, results: Path, rejects: Path) -> None:
