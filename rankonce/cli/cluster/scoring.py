@@ -138,6 +138,8 @@ def _rows(
     # Ray Data would draw its own on stdout, and count blocks.
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    # Ray fills one node after the other else, and a node that is lost takes all with it.
+    context.scheduling_strategy = "SPREAD"
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     num_gpus = count_gpus(ray, loading["device"])
     workers = run.workers or num_gpus or int(ray.cluster_resources().get("CPU", 0))
@@ -154,7 +156,6 @@ def _rows(
         fn_kwargs={"path": path},
         compute=TaskPoolStrategy(size=workers),
         num_cpus=0,
-        scheduling_strategy="SPREAD",
     )
     scored = read.map(
         ShardScorer,
@@ -162,8 +163,6 @@ def _rows(
         compute=ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=_SHARDS_A_WORKER),
         num_cpus=1,
         num_gpus=1 if num_gpus else 0,
-        # Ray fills one node after the other else, and a node that is lost takes all with it.
-        scheduling_strategy="SPREAD",
     )
     yield from scored.iter_rows()
 
