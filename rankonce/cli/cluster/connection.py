@@ -2,8 +2,9 @@
 
 import logging
 import os
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -57,10 +58,12 @@ def connected(address: str | None, library: Library) -> Iterator[Any]:
             if address
             else f"--ray: no Ray cluster can be started here: {reason}"
         ) from error
-    try:
-        yield ray
-    finally:
-        ray.shutdown()
+    # Ray prints what happens to nodes and workers, from a thread of its own.
+    with redirect_stdout(sys.stderr):
+        try:
+            yield ray
+        finally:
+            ray.shutdown()
 
 
 def count_gpus(ray: Any, device: str | None) -> int:

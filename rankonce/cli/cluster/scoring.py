@@ -138,8 +138,6 @@ def _rows(
     # Ray Data would draw its own on stdout, and count blocks.
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    # Ray fills one node after the other else, and a node that is lost takes all with it.
-    context.scheduling_strategy = "SPREAD"
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     num_gpus = count_gpus(ray, loading["device"])
     workers = run.workers or num_gpus or int(ray.cluster_resources().get("CPU", 0))

@@ -1,7 +1,6 @@
 """Real Ray clusters on this machine, and commands that run on them as users run them."""
 
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -63,7 +62,7 @@ class Running:
     def log(self) -> str:
         return "\n".join(self.lines)
 
-    def wait_for(self, seen: Callable[[], Any], *, seconds: float = 180) -> Any:
+    def wait_for(self, seen: Callable[[], Any], *, seconds: float = 300) -> Any:
         """Wait until something is seen, and give it."""
         deadline = time.monotonic() + seconds
         while not (found := seen()):
@@ -72,7 +71,7 @@ class Running:
             time.sleep(0.05)
         return found
 
-    def finish(self, *, seconds: float = 300) -> int:
+    def finish(self, *, seconds: float = 600) -> int:
         """Wait for its end."""
         try:
             code = self.process.wait(seconds)
@@ -121,11 +120,3 @@ def write_requests(path: Path, num_requests: int, *, num_candidates: int = 20) -
     else:
         path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
     return rows
-
-
-def is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    return True

@@ -93,13 +93,15 @@ def test_a_lost_node_loses_and_doubles_nothing(
     requests: Path, offline: list[list[float]], model: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    with two_nodes() as cluster:
-        with running(*score_command(cluster, requests, out, model)) as command:
-            # Both have finished a shard, so both are in the middle of another.
-            command.wait_for(lambda: len({node for _, node, _ in scored(command)}) == 2)
-            (worker,) = cluster.worker_nodes
-            cluster.remove_node(worker, allow_graceful=False)
-            assert command.finish() == 0, command.log
+    with (
+        two_nodes() as cluster,
+        running(*score_command(cluster, requests, out, model)) as command,
+    ):
+        # Both have finished a shard, so both are in the middle of another.
+        command.wait_for(lambda: len({node for _, node, _ in scored(command)}) == 2)
+        (worker,) = cluster.worker_nodes
+        cluster.remove_node(worker, allow_graceful=False)
+        assert command.finish() == 0, command.log
     print(command.log)  # docs/scale.md shows it
     assert command.out == ""
     lost = worker.node_id[:8]
