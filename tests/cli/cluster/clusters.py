@@ -1,6 +1,7 @@
 """Real Ray clusters on this machine, and commands that run on them as users run them."""
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -16,23 +17,25 @@ from tests.conftest import build_request
 ROOT = Path(__file__).parents[3]
 COMMAND = [sys.executable, "-c", "from rankonce.cli import main; main()"]
 _OBJECT_STORE_BYTES = 100_000_000
-# A node that does not answer for three seconds is lost; Ray waits longer by default.
-_HEALTH = {
+_SYSTEM = {
+    # A node that does not answer for three seconds is lost; Ray waits longer by default.
     "health_check_initial_delay_ms": 0,
     "health_check_period_ms": 1000,
     "health_check_failure_threshold": 3,
+    # Workers are nice to others by default, which on a busy machine takes for ever.
+    "worker_niceness": 0,
 }
 
 
 @contextmanager
-def two_nodes(*, num_cpus: int = 1) -> Iterator[Any]:
-    """Start a cluster of two nodes, which inherit the environment of this process."""
+def two_nodes() -> Iterator[Any]:
+    """Start a cluster of two nodes of one CPU, which inherit the environment of this process."""
     from ray.cluster_utils import Cluster
 
     cluster = Cluster()
     try:
-        for options in ({"_system_config": _HEALTH, "include_dashboard": False}, {}):
-            cluster.add_node(num_cpus=num_cpus, object_store_memory=_OBJECT_STORE_BYTES, **options)
+        for options in ({"_system_config": _SYSTEM, "include_dashboard": False}, {}):
+            cluster.add_node(num_cpus=1, object_store_memory=_OBJECT_STORE_BYTES, **options)
         yield cluster
     finally:
         cluster.shutdown()
@@ -48,6 +51,7 @@ class Running:
             stderr=subprocess.PIPE,
             text=True,
             cwd=ROOT,
+            env={**os.environ, "RAY_worker_niceness": "0"},
         )
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read)
@@ -98,7 +102,7 @@ def running(*arguments: str | Path) -> Iterator[Running]:
             command.finish()
 
 
-def write_requests(path: Path, num_requests: int, *, num_candidates: int = 20) -> list[Any]:
+def write_requests(path: Path, num_requests: int, *, num_candidates: int = 10) -> list[Any]:
     """Write requests as JSON lines or Parquet, and give them."""
     import pyarrow as pa
     import pyarrow.parquet as pq
