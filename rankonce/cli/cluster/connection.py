@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
@@ -11,6 +12,7 @@ from typing import Any, Literal, TypeAlias
 
 from rankonce.errors import ClusterError, MissingDependencyError
 
+_PATIENCE_S = 10
 Library: TypeAlias = Literal["data", "serve"]
 
 
@@ -45,6 +47,8 @@ def connected(address: str | None, library: Library) -> Iterator[Any]:
     for name in ("ray", "ray.data", "ray.serve"):
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
+        if address is not None and address != "auto":
+            _knock(address)
         ray.init(
             address="local" if address is None else address,
             include_dashboard=False if address is None else None,
@@ -64,6 +68,12 @@ def connected(address: str | None, library: Library) -> Iterator[Any]:
             yield ray
         finally:
             ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    # Ray would ask for some minutes whether anybody is there.
+    host, _, port = address.rpartition(":")
+    socket.create_connection((host.strip("[]"), int(port)), timeout=_PATIENCE_S).close()
 
 
 def count_gpus(ray: Any, device: str | None) -> int:

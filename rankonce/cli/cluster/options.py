@@ -1,5 +1,6 @@
 """The options of ``--ray``, and what does not go with them."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated
@@ -95,10 +96,11 @@ def check_ray_usage(ray: bool, options: Mapping[str, object]) -> None:
     for name, value in options.items():
         if value is not None and not ray:
             raise typer.BadParameter("goes with --ray", param_hint=name)
-    if str(options["--ray-address"]).startswith("ray://"):
+    address = options["--ray-address"]
+    if address not in (None, "auto") and not re.fullmatch(r"[^/]+:\d+", str(address)):
         raise typer.BadParameter(
             "should be HOST:PORT of the cluster's head, or auto; through ray:// work is handed in "
-            "with ray job submit",
+            f"with ray job submit; is {address}",
             param_hint="--ray-address",
         )
 

@@ -56,6 +56,7 @@ def _own_process() -> Iterator[None]:
         (("--ray", "--out", "FILE"), "--out: --ray needs a folder for its shards"),
         (("--ray", "--out", "new", "--rejects", "r"), "--rejects: does not go with --ray"),
         (("--ray", "--out", "new", "--ray-address", "ray://a:1"), "--ray-address: should be HOST"),
+        (("--ray", "--out", "new", "--ray-address", "head"), "--ray-address: should be HOST"),
     ],
 )
 def test_what_score_cannot_do_with_or_without_ray_is_bad_usage(
