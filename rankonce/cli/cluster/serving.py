@@ -160,7 +160,9 @@ def _deploy(ray: Any, plan: ReplicaPlan, scale: Scale) -> None:
     try:
         serve.run(deployment.bind(plan), name=_APPLICATION, route_prefix="/")
     except (RuntimeError, ray.exceptions.RayError) as error:
-        raise ClusterError(f"no replica starts: {_cause(str(error))}") from error
+        deployments = serve.status().applications[_APPLICATION].deployments.values()
+        told = "\n".join(one.message for one in deployments)
+        raise ClusterError(f"no replica starts: {_cause(told or str(error))}") from error
     host, port = plan.config.host, plan.config.port
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     logger.info("%d replicas serve on %s of every machine that has one", scale.replicas, address)
