@@ -8,10 +8,10 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check lint types imports clean
+.PHONY: help demo test test-ray check lint types imports clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: .venv/.core ## score an example with the embedded ranker
 	$(BIN)/rankonce demo
@@ -19,6 +19,9 @@ demo: .venv/.core ## score an example with the embedded ranker
 # Each worker computes on one thread: two workers with a pool each would fight for the cores.
 test: .venv/.dev ## run the tests that need neither a GPU nor much time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu and not slow"
+
+test-ray: .venv/.ray ## run the tests of Ray clusters on this machine, about ten minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/cli/cluster
 
 check: lint types imports test ## everything a commit must pass: format, lint, types, floors, tests
 
@@ -48,4 +51,8 @@ clean: ## remove caches and build outputs; .venv stays
 
 .venv/.dev: .venv/.core
 	$(INSTALL) -e ".[dev]"
+	touch $@
+
+.venv/.ray: .venv/.dev
+	$(INSTALL) -e ".[ray]"
 	touch $@

@@ -4,10 +4,11 @@
 neither torch nor a model.
 """
 
+import hashlib
 import random
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from email.utils import parsedate_to_datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Self, TypedDict, TypeVar, Unpack
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 Answer = TypeVar("Answer", bound=BaseModel)
 _LATER = (429, 503)
+# What the proxies of ``rankonce serve --ray`` choose a replica by.
+SESSION_HEADER = "x-session-id"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +66,16 @@ class LabelOptions(TypedDict, total=False):
 
 
 class RankOptions(TypedDict, total=False):
-    """What a rank question has beside its request."""
+    """What a rank question has beside its request.
+
+    Attributes:
+        member: whoever the history is of; a cluster answers a member's questions where that
+            history is cached. Only a digest of it is sent.
+    """
 
     top_n: int
     model: str
+    member: str
 
 
 class RerankOptions(TypedDict, total=False):
@@ -108,6 +117,7 @@ class Call(Generic[Answer]):
     path: str
     answer: type[Answer]
     body: Mapping[str, Any] | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
 
     def with_model(self, model: str | None) -> "Call[Answer]":
         """Name a model where the call names none."""
@@ -120,7 +130,12 @@ def rank_call(request: ScoreRequest | Mapping[str, Any], options: RankOptions) -
     """Ask for the scores of a request's candidates."""
     fields = asdict(request) if isinstance(request, ScoreRequest) else request
     given = {name: value for name, value in fields.items() if value is not None}
-    return Call(path="/v1/rank", answer=RankAnswer, body={**given, **options})
+    beside = {name: value for name, value in options.items() if name != "member"}
+    headers = {}
+    if "member" in options:
+        digest = hashlib.sha256(options["member"].encode("utf-8", "surrogatepass"))
+        headers = {SESSION_HEADER: digest.hexdigest()}
+    return Call(path="/v1/rank", answer=RankAnswer, body={**given, **beside}, headers=headers)
 
 
 def rerank_call(
@@ -236,7 +251,9 @@ class Client:
         num_retries = 0
         while True:
             try:
-                response = self._http.request(_method(call), call.path, json=call.body)
+                response = self._http.request(
+                    _method(call), call.path, json=call.body, headers=call.headers
+                )
             except _import_httpx().TransportError as error:
                 raise _unreachable(self.config, error) from error
             wait_s = _wait_s(response, num_retries, self.config)
@@ -318,7 +335,9 @@ class AsyncClient:
         num_retries = 0
         while True:
             try:
-                response = await self._http.request(_method(call), call.path, json=call.body)
+                response = await self._http.request(
+                    _method(call), call.path, json=call.body, headers=call.headers
+                )
             except _import_httpx().TransportError as error:
                 raise _unreachable(self.config, error) from error
             wait_s = _wait_s(response, num_retries, self.config)

@@ -12,6 +12,7 @@ RankOnceError
 ├── TrainingError           a recipe or a run that cannot go on
 ├── ExperimentError         an experiment's file, or a folder that another experiment uses
 ├── OperationsError         a file of API keys, or an address that a server cannot report to
+├── ClusterError            a Ray cluster that cannot be reached, or whose workers give up
 ├── ServerError             what a server answered to our client instead of scores
 └── MissingDependencyError  a library that belongs to an extra
 
@@ -78,6 +79,10 @@ class ServerError(RankOnceError):
     ) -> None:
         super().__init__(message)
         self.status, self.code, self.param = status, code, param
+
+
+class ClusterError(RankOnceError):
+    """A cluster that cannot be reached, or that cannot finish its work."""
 
 
 class ExperimentError(RankOnceError):

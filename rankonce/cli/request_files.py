@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -12,7 +12,7 @@ from rankonce.errors import RequestError
 from rankonce.records import ScoreRequest, read_request
 
 STDIN = Path("-")
-_ROWS_AT_ONCE = 64
+ROWS_AT_ONCE = 64
 _NESTED_COLUMNS = ("profile", "history", "examples", "candidates")
 
 
@@ -71,7 +71,7 @@ def measure(path: Path) -> int | None:
     if path == STDIN:
         return None
     if is_parquet(path):
-        return int(_open_parquet(path).metadata.num_rows)
+        return int(open_parquet(path).metadata.num_rows)
     return path.stat().st_size or None  # 0: a pipe
 
 
@@ -96,19 +96,34 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no number of JSON")
 
 
-def read_json_lines(file: BinaryIO) -> Iterator[RequestLine]:
-    """Read JSON lines one at a time; blank lines are left out but counted."""
-    for number, line in enumerate(file, start=1):
+def read_json_lines(file: BinaryIO, *, first: int = 1) -> Iterator[RequestLine]:
+    """Read JSON lines one at a time; blank lines are left out but counted.
+
+    Args:
+        first: number of the file's first line.
+    """
+    for number, line in enumerate(file, start=first):
         if line.strip():
             yield RequestLine(number=number, content=line)
 
 
 def _read_parquet(path: Path) -> Iterator[RequestLine]:
+    batches = open_parquet(path).iter_batches(batch_size=ROWS_AT_ONCE)
+    return read_rows(batches, path=path)
+
+
+def read_rows(batches: Iterable[Any], *, path: Path, first: int = 1) -> Iterator[RequestLine]:
+    """Read the rows of Arrow's record batches one at a time.
+
+    Args:
+        path: the file that they come from.
+        first: number of the first row.
+    """
     from pyarrow import ArrowException
 
-    number = 0
+    number = first - 1
     try:
-        for batch in _open_parquet(path).iter_batches(batch_size=_ROWS_AT_ONCE):
+        for batch in batches:
             for row in batch.to_pylist(maps_as_pydicts="strict"):
                 number += 1
                 yield RequestLine(number=number, content=row)
@@ -116,7 +131,12 @@ def _read_parquet(path: Path) -> Iterator[RequestLine]:
         raise RequestError(f"{path}: broken after row {number}: {error}") from error
 
 
-def _open_parquet(path: Path) -> Any:
+def open_parquet(path: Path) -> Any:
+    """Open a Parquet file.
+
+    Raises:
+        RequestError: it is none.
+    """
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 

@@ -1,15 +1,20 @@
 """``rankonce score``: score every request of a file, as many in a pass as fit."""
 
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rankonce.cli.cluster.options import (
+    RayAddressOption,
+    RayOption,
+    ShardRowsOption,
+    WorkersOption,
+    check_ray_usage,
+)
 from rankonce.cli.options import (
     AdapterOption,
     ChatOption,
@@ -26,10 +31,12 @@ from rankonce.cli.options import (
     load_ranker,
     read_adapters,
 )
+from rankonce.cli.summary import Summary
 from rankonce.errors import DataError, NumericsError, RankOnceError, RequestError, TaskError
 
 if TYPE_CHECKING:
     from rankonce.cli.request_files import RequestLine
+    from rankonce.cli.result_files import RejectFile, ResultFile
     from rankonce.ranker import PreparedRequest, Ranker
     from rankonce.records import ScoreResult
 
@@ -43,8 +50,7 @@ def score(
         Path | None,
         typer.Option(
             "--out",
-            dir_okay=False,
-            help="Results: .jsonl or .parquet.",
+            help="Results: .jsonl or .parquet; with --ray a folder for shards.",
             show_default="JSON lines on stdout",
         ),
     ] = None,
@@ -60,6 +66,10 @@ def score(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on after the last result that --out holds.")
     ] = False,
+    ray: RayOption = False,
+    ray_address: RayAddressOption = None,
+    workers: WorkersOption = None,
+    shard_rows: ShardRowsOption = None,
     model: ModelOption = None,
     task_file: TaskFileOption = None,
     device: DeviceOption = None,
@@ -79,22 +89,43 @@ def score(
     A line that cannot be scored goes to the rejects and the run goes on; stderr says how many there
     were. The exit code is 0 then, and 1 if no request at all could be scored.
     """
+    check_ray_usage(
+        ray, {"--ray-address": ray_address, "--workers": workers, "--shard-rows": shard_rows}
+    )
+    loading: dict[str, Any] = {
+        "model": model,
+        "task_files": task_file,
+        "device": device,
+        "precision": precision,
+        "keep": keep,
+        "max_tokens_per_pass": max_tokens_per_pass,
+        "prefix_cache_mb": prefix_cache_mb,
+        "label_mass": label_mass,
+        "trust_remote_code": trust_remote_code,
+        "chat": chat,
+        "adapters": read_adapters(adapter),
+    }
+    if ray:
+        _check_ray_files(requests, out, rejects)
+        from rankonce.cli.cluster.scoring import RayScoring, score_on_ray
+
+        assert out is not None, "checked"
+        score_on_ray(
+            RayScoring(
+                requests=requests,
+                out=out,
+                resume=resume,
+                shard_rows=shard_rows or 1000,
+                workers=workers,
+                address=ray_address,
+                loading=loading,
+            )
+        )
+        return
     if rejects is None and out is not None:
         rejects = out.with_name(out.name + ".rejects.jsonl")
     _check_usage(requests, out, rejects, resume)
-    ranker = load_ranker(
-        model,
-        task_files=task_file,
-        device=device,
-        precision=precision,
-        keep=keep,
-        max_tokens_per_pass=max_tokens_per_pass,
-        prefix_cache_mb=prefix_cache_mb,
-        label_mass=label_mass,
-        trust_remote_code=trust_remote_code,
-        chat=chat,
-        adapters=read_adapters(adapter),
-    )
+    ranker = load_ranker(**loading)
     summary = score_file(ranker, requests, out=out, rejects=rejects, resume=resume)
     typer.echo(summary.describe(), err=True)
     if summary.num_rejected and not summary.num_scored + summary.num_before:
@@ -107,6 +138,10 @@ def score(
 def _check_usage(requests: Path, out: Path | None, rejects: Path | None, resume: bool) -> None:
     if resume and out is None:
         raise typer.BadParameter("goes on in a file: give --out as well", param_hint="--resume")
+    if out is not None and out.is_dir():
+        raise typer.BadParameter(
+            f"should be a file, {out} is a folder: --ray writes to one", param_hint="--out"
+        )
     if out is not None and out.suffix.lower() not in (".jsonl", ".parquet"):
         raise typer.BadParameter(f"should end in .jsonl or .parquet, is {out}", param_hint="--out")
     files = [path.resolve() for path in (requests, out, rejects) if path is not None]
@@ -116,66 +151,17 @@ def _check_usage(requests: Path, out: Path | None, rejects: Path | None, resume:
         )
 
 
-@dataclass(kw_only=True)
-class Summary:
-    """What a run did.
-
-    Attributes:
-        num_before: results that a resumed run found done.
-        lowest_ratio: the lowest distinct-score ratio of a request, and its line.
-        first_reject: line and reason of the first reject.
-    """
-
-    rejects: Path | None
-    num_before: int = 0
-    num_scored: int = 0
-    num_rejected: int = 0
-    num_candidates: int = 0
-    num_warned: int = 0
-    computed_tokens: int = 0
-    cached_tokens: int = 0
-    separate_tokens: int = 0
-    ratio_sum: float = 0.0
-    lowest_ratio: tuple[float, int] = (1.0, 0)
-    first_reject: str = ""
-    started: float = field(default_factory=time.perf_counter)
-
-    def count(self, line: int, result: "ScoreResult") -> None:
-        """Take a result in."""
-        self.num_scored += 1
-        self.num_candidates += len(result.candidates)
-        self.num_warned += bool(result.warnings)
-        self.computed_tokens += result.usage.computed_tokens
-        self.cached_tokens += result.usage.cached_tokens
-        self.separate_tokens += result.usage.separate_tokens
-        self.ratio_sum += result.distinct_score_ratio
-        if result.distinct_score_ratio < self.lowest_ratio[0]:
-            self.lowest_ratio = (result.distinct_score_ratio, line)
-
-    def describe(self) -> str:
-        """Say it in a few lines."""
-        seconds = time.perf_counter() - self.started
-        lines = [
-            f"scored {self.num_scored:,} requests with {self.num_candidates:,} candidates in "
-            f"{seconds:.1f} s, {self.num_candidates / seconds:,.0f} candidates/s"
-        ]
-        if self.num_before:
-            lines.append(f"resumed after {self.num_before:,} requests that were done")
-        if self.num_rejected:
-            lines.append(f"rejected {self.num_rejected:,} requests, see {self.rejects}")
-        if self.num_scored:
-            saved = 1 - self.computed_tokens / self.separate_tokens
-            ratio, line = self.lowest_ratio
-            lowest = f", {ratio:.3f} at the lowest, in line {line}" if line else ""
-            lines += [
-                f"computed {self.computed_tokens:,} tokens, {self.cached_tokens:,} more came from "
-                f"the prefix cache; one prompt a candidate has {self.separate_tokens:,}: "
-                f"{saved:.0%} saved",
-                f"distinct-score ratio {self.ratio_sum / self.num_scored:.3f}{lowest}",
-            ]
-        if self.num_warned:
-            lines.append(f"warnings stand in the results of {self.num_warned:,} requests")
-        return "\n".join(lines)
+def _check_ray_files(requests: Path, out: Path | None, rejects: Path | None) -> None:
+    if out is None or out.is_file():
+        raise typer.BadParameter("--ray needs a folder for its shards", param_hint="--out")
+    if rejects is not None:
+        raise typer.BadParameter(
+            "does not go with --ray: rejects lie beside each shard", param_hint="--rejects"
+        )
+    if not requests.is_file():
+        raise typer.BadParameter(
+            f"--ray reads a file where each shard begins, not {requests}", param_hint="REQUESTS"
+        )
 
 
 def score_file(
@@ -202,7 +188,7 @@ def score_file(
     from rich.progress import Progress
 
     from rankonce.cli.request_files import measure, read_lines, size_of
-    from rankonce.cli.result_files import RejectFile, open_results, result_record
+    from rankonce.cli.result_files import RejectFile, open_results
 
     total = measure(requests)
     console = Console(stderr=True)
@@ -223,23 +209,40 @@ def score_file(
         num_done = results.num_results + (reject_file.num_before if reject_file else 0)
         lines = _skip_done(lines, results.last_line, num_done, out)
         summary.num_before = results.num_results
-        summary.started = time.perf_counter()
-        for outcomes in score_groups(ranker, lines):
-            for line, outcome in outcomes:
-                if not isinstance(outcome, RankOnceError):
-                    results.write(result_record(line.number, outcome))
-                    summary.count(line.number, outcome)
-                    continue
-                if reject_file is None:
-                    results.flush()
-                    hint = "--rejects FILE keeps such lines and goes on"
-                    raise RequestError(f"line {line.number}: {outcome}; {hint}") from outcome
-                reject_file.write(line.number, str(outcome), line.text)
-                summary.num_rejected += 1
-                summary.first_reject = summary.first_reject or f"{line.number}: {outcome}"
-            results.flush()
-        results.finish()
+        summary.start()
+        write_scores(ranker, lines, results, reject_file, summary)
     return summary
+
+
+def write_scores(
+    ranker: "Ranker",
+    lines: Iterable["RequestLine"],
+    results: "ResultFile",
+    reject_file: "RejectFile | None",
+    summary: Summary,
+) -> None:
+    """Score lines into files that are open, and complete the results.
+
+    Raises:
+        RequestError: the first line that cannot be scored, where nothing takes rejects.
+    """
+    from rankonce.cli.result_files import result_record
+
+    for outcomes in score_groups(ranker, lines):
+        for line, outcome in outcomes:
+            if not isinstance(outcome, RankOnceError):
+                results.write(result_record(line.number, outcome))
+                summary.count(line.number, outcome)
+                continue
+            if reject_file is None:
+                results.flush()
+                hint = "--rejects FILE keeps such lines and goes on"
+                raise RequestError(f"line {line.number}: {outcome}; {hint}") from outcome
+            reject_file.write(line.number, str(outcome), line.text)
+            summary.num_rejected += 1
+            summary.first_reject = summary.first_reject or f"{line.number}: {outcome}"
+        results.flush()
+    results.finish()
 
 
 def _skip_done(

@@ -7,10 +7,18 @@ import threading
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rankonce.cli.cluster.options import (
+    MaxReplicasOption,
+    RayAddressOption,
+    RayOption,
+    ReplicasOption,
+    TargetQuestionsOption,
+    read_scale,
+)
 from rankonce.cli.options import (
     AdapterOption,
     ChatOption,
@@ -40,6 +48,7 @@ class LogFormat(StrEnum):
 
 
 def serve(
+    context: typer.Context,
     host: Annotated[
         str, typer.Option("--host", help="Address to listen on; see --api-keys for others.")
     ] = "127.0.0.1",
@@ -211,6 +220,11 @@ def serve(
         float,
         typer.Option("--drain-timeout", min=1, help="Seconds that running questions get then."),
     ] = 30,
+    ray: RayOption = False,
+    ray_address: RayAddressOption = None,
+    replicas: ReplicasOption = None,
+    max_replicas: MaxReplicasOption = None,
+    target_questions: TargetQuestionsOption = None,
 ) -> None:
     """Serve scores over HTTP, to clients of OpenAI, SGLang, vLLM, Cohere, Jina and others too.
 
@@ -224,6 +238,7 @@ def serve(
     except ImportError as error:
         library = (error.name or "fastapi").replace("_", "-")
         raise MissingDependencyError(library, extra="serve") from error
+    scale = read_scale(context, ray, ray_address, replicas, max_replicas, target_questions)
     models = _read_models(model, served_model_name=served_model_name)
     adapters = read_adapters(adapter)
     if len(models) > 1 and adapters:
@@ -288,25 +303,34 @@ def serve(
             "with the word adapters",
             param_hint="--allow-adapter-loading",
         )
+    loading: dict[str, Any] = {
+        "task_files": task_file,
+        "device": device,
+        "precision": precision,
+        "keep": keep,
+        "max_tokens_per_pass": max_tokens_per_pass,
+        "prefix_cache_mb": prefix_cache_mb,
+        "trust_remote_code": trust_remote_code,
+        "chat": chat,
+        "adapters": adapters,
+    }
+    if scale is not None:
+        from rankonce.cli.cluster.serving import ReplicaPlan, serve_on_ray
+
+        plan = ReplicaPlan(
+            models=models,
+            loading=loading,
+            config=config,
+            operations=operations,
+            log_format=log_format.value,
+        )
+        serve_on_ray(plan, scale)
+        return
     # A taken folder or port should be known before the weights are read.
     if data_dir is not None:
         DataFolder(data_dir).close()
     listener = open_listener(config)
-    rankers = {
-        name: load_ranker(
-            source,
-            task_files=task_file,
-            device=device,
-            precision=precision,
-            keep=keep,
-            max_tokens_per_pass=max_tokens_per_pass,
-            prefix_cache_mb=prefix_cache_mb,
-            trust_remote_code=trust_remote_code,
-            chat=chat,
-            adapters=adapters,
-        )
-        for name, source in models.items()
-    }
+    rankers = {name: load_ranker(source, **loading) for name, source in models.items()}
     # From here on a client that comes waits until it is answered.
     listener.listen()
     shown = f"[{host}]" if ":" in host else host

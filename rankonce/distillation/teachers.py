@@ -102,7 +102,7 @@ class LocalTeacher:
             ModelError: there is no such checkpoint, or it has no safetensors.
         """
         if self._fingerprint is None:
-            self._fingerprint = _fingerprint_checkpoint(self.model, self.precision)
+            self._fingerprint = fingerprint_checkpoint(self.model, self.precision)
         return self._fingerprint
 
     def describe(self) -> None:
@@ -242,7 +242,15 @@ def find_teacher(
     return LocalTeacher(source, tasks=tasks, precision=precision)
 
 
-def _fingerprint_checkpoint(model: str, precision: str | None) -> str:
+def fingerprint_checkpoint(model: str, precision: str | None) -> str:
+    """Identify what decides the scores of a checkpoint, without calibrations.
+
+    Args:
+        model: folder of a checkpoint or an adapter, or id of a repository.
+
+    Raises:
+        ModelError: there is no such folder or repository.
+    """
     folder = Path(model)
     names: tuple[str, ...] = (*_FILES, CONFIG_FILE) if folder.is_dir() else ()
     if folder.is_dir() and not any((folder / name).is_file() for name in names):
