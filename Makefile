@@ -20,7 +20,7 @@ demo: .venv/.core ## score an example with the embedded ranker
 test: .venv/.dev ## run the tests that need neither a GPU nor much time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu and not slow"
 
-test-ray: .venv/.ray ## run the tests of Ray clusters on this machine, about ten minutes
+test-ray: .venv/.ray ## run the tests of Ray clusters on this machine, a quarter of an hour
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/cli/cluster
 
 check: lint types imports test ## everything a commit must pass: format, lint, types, floors, tests
