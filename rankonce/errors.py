@@ -13,6 +13,7 @@ RankOnceError
 ├── ExperimentError         an experiment's file, or a folder that another experiment uses
 ├── OperationsError         a file of API keys, or an address that a server cannot report to
 ├── ServerError             what a server answered to our client instead of scores
+├── EngineError             another engine that is not there, or answers something else than scores
 └── MissingDependencyError  a library that belongs to an extra
 
 Every message names the field and what would be right.
@@ -78,6 +79,10 @@ class ServerError(RankOnceError):
     ) -> None:
         super().__init__(message)
         self.status, self.code, self.param = status, code, param
+
+
+class EngineError(RankOnceError):
+    """Another inference engine that is not installed, does not start, answer or give scores."""
 
 
 class ExperimentError(RankOnceError):

@@ -24,7 +24,6 @@ import psutil
 from rankonce.benchmarks.serve_arms import ARMS, READY_S, ServingArm, Setup
 from rankonce.benchmarks.serve_capacity import find_capacity
 from rankonce.benchmarks.serve_load import JSON_HEADERS, Call, LoadStep, run_step
-from rankonce.benchmarks.serve_servers import ServerProcess, running
 from rankonce.benchmarks.serve_workloads import (
     LOAD_WORKLOADS,
     LoadRequest,
@@ -34,6 +33,7 @@ from rankonce.benchmarks.serve_workloads import (
 from rankonce.environment import describe_environment
 from rankonce.errors import DataError
 from rankonce.ranker import Ranker, RankerConfig
+from rankonce.serving.backends.processes import ServerProcess, running
 
 # Other engines agree with transformers to four decimals.
 TOLERANCE = 1e-3

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from rankonce.benchmarks.serve_load import Call
-from rankonce.benchmarks.serve_servers import ServerProcess, free_port
 from rankonce.benchmarks.serve_workloads import LoadRequest, LoadWorkload
+from rankonce.serving.backends.commands import EngineCommand
+from rankonce.serving.backends.processes import ServerProcess, free_port
 
 SERVED_NAME = "ranker"
 # The start of vLLM compiles for minutes.
@@ -92,10 +93,14 @@ def _rankonce_command(setup: Setup, port: int) -> list[str]:
 
 def _vllm_command(setup: Setup, port: int) -> list[str]:
     assert setup.vllm_python is not None
-    command = [str(setup.vllm_python), "-m", "vllm.entrypoints.openai.api_server"]
-    command += ["--model", str(setup.model), "--served-model-name", SERVED_NAME]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
-    return [*command, "--enable-prefix-caching"]
+    command = EngineCommand(
+        python=setup.vllm_python,
+        model=setup.model,
+        served_name=SERVED_NAME,
+        port=port,
+        dtype="float32",
+    )
+    return command.write("vllm")
 
 
 def _transformers_command(setup: Setup, port: int) -> list[str]:

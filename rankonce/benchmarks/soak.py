@@ -23,7 +23,6 @@ from rankonce.benchmarks.serve import describe_machine, load_offline_ranker, wri
 from rankonce.benchmarks.serve_arms import READY_S, Setup
 from rankonce.benchmarks.serve_capacity import Capacity, find_capacity
 from rankonce.benchmarks.serve_load import JSON_HEADERS, Call, LoadStep, percentile, run_step
-from rankonce.benchmarks.serve_servers import ServerProcess, running
 from rankonce.benchmarks.soak_batches import BatchCounts, run_batch
 from rankonce.benchmarks.soak_memory import MemorySample, describe_memory
 from rankonce.benchmarks.soak_traffic import (
@@ -36,6 +35,7 @@ from rankonce.benchmarks.soak_traffic import (
     write_faulty,
     write_known,
 )
+from rankonce.serving.backends.processes import ServerProcess, running
 
 _INVALID_SHARE = 0.1
 _VANISHING_SHARE = 0.05

@@ -14,6 +14,13 @@ from rankonce.cli.options import (
     AdapterOption,
     ChatOption,
     DeviceOption,
+    Engine,
+    EngineArgsOption,
+    EngineKeyOption,
+    EngineModelOption,
+    EngineOption,
+    EnginePythonOption,
+    EngineUrlOption,
     KeepOption,
     LabelMassOption,
     MaxTokensPerPassOption,
@@ -23,8 +30,9 @@ from rankonce.cli.options import (
     RequestsArgument,
     TaskFileOption,
     TrustRemoteCodeOption,
-    load_ranker,
+    open_ranker,
     read_adapters,
+    read_engine,
 )
 from rankonce.errors import DataError, NumericsError, RankOnceError, RequestError, TaskError
 
@@ -71,6 +79,12 @@ def score(
     trust_remote_code: TrustRemoteCodeOption = False,
     chat: ChatOption = None,
     adapter: AdapterOption = None,
+    engine: EngineOption = Engine.NATIVE,
+    engine_url: EngineUrlOption = None,
+    engine_python: EnginePythonOption = None,
+    engine_model: EngineModelOption = None,
+    engine_args: EngineArgsOption = None,
+    engine_api_key: EngineKeyOption = None,
 ) -> None:
     """Score the candidates of every request.
 
@@ -82,7 +96,23 @@ def score(
     if rejects is None and out is not None:
         rejects = out.with_name(out.name + ".rejects.jsonl")
     _check_usage(requests, out, rejects, resume)
-    ranker = load_ranker(
+    other_engine = read_engine(
+        engine,
+        url=engine_url,
+        python=engine_python,
+        model=engine_model,
+        args=engine_args,
+        api_key=engine_api_key,
+        precision=precision,
+        unused={
+            "--device": device,
+            "--keep": keep,
+            "--prefix-cache-mb": prefix_cache_mb,
+            "--adapter": adapter,
+        },
+    )
+    with open_ranker(
+        other_engine,
         model,
         task_files=task_file,
         device=device,
@@ -94,8 +124,8 @@ def score(
         trust_remote_code=trust_remote_code,
         chat=chat,
         adapters=read_adapters(adapter),
-    )
-    summary = score_file(ranker, requests, out=out, rejects=rejects, resume=resume)
+    ) as ranker:
+        summary = score_file(ranker, requests, out=out, rejects=rejects, resume=resume)
     typer.echo(summary.describe(), err=True)
     if summary.num_rejected and not summary.num_scored + summary.num_before:
         raise RequestError(
