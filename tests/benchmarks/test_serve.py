@@ -19,12 +19,12 @@ from rankonce.benchmarks.serve import (
 from rankonce.benchmarks.serve_arms import ARMS, Setup
 from rankonce.benchmarks.serve_load import JSON_HEADERS
 from rankonce.benchmarks.serve_report import describe_serving, plot_serving
-from rankonce.serving.backends.processes import ServerProcess, free_port
 from rankonce.benchmarks.serve_transformers import create_transformers_app
 from rankonce.benchmarks.serve_workloads import BENCH_SCORE, MEMBER, LoadWriter
 from rankonce.errors import DataError, EngineError
 from rankonce.model.sizes import build_model
 from rankonce.ranker import EMBEDDED_MODEL, Ranker, RankerConfig
+from rankonce.serving.backends.processes import ServerProcess, free_port
 from tests.benchmarks.test_serve_load import running_app
 from tests.serving.conftest import serving
 
