@@ -149,9 +149,10 @@ class BreakingProxy:
         self._port = port
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._open: list[socket.socket] = []
+        self._threads: list[threading.Thread] = []
         self.num_to_break = 0
         self.num_broken = 0
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._start(self._accept)
 
     @property
     def url(self) -> str:
@@ -162,10 +163,18 @@ class BreakingProxy:
         # A thread that waits in accept keeps a listener that is only closed.
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
         for one in self._open:
             with suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join()
+        for one in (self._listener, *self._open):
+            one.close()
+
+    def _start(self, target: Any, *arguments: Any) -> None:
+        thread = threading.Thread(target=target, args=arguments)
+        self._threads.append(thread)
+        thread.start()
 
     def _accept(self) -> None:
         with suppress(OSError):
@@ -173,8 +182,8 @@ class BreakingProxy:
                 client, _ = self._listener.accept()
                 server = socket.create_connection(("127.0.0.1", self._port))
                 self._open += [client, server]
-                threading.Thread(target=self._hand, args=(client, server), daemon=True).start()
-                threading.Thread(target=self._hand, args=(server, client), daemon=True).start()
+                self._start(self._hand, client, server)
+                self._start(self._hand, server, client)
 
     def _hand(self, source: socket.socket, target: socket.socket) -> None:
         with suppress(OSError):
