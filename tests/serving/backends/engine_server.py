@@ -142,7 +142,8 @@ class BreakingProxy:
     """Hands connections on to a server, and breaks those that it is told to.
 
     Attributes:
-        num_to_break: questions to ``/v1/…`` that are taken and never answered.
+        num_to_pass, num_to_break: questions to ``/v1/…`` that are handed on, and those after them
+            that are taken and never answered.
     """
 
     def __init__(self, port: int) -> None:
@@ -150,6 +151,7 @@ class BreakingProxy:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._open: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
+        self.num_to_pass = 0
         self.num_to_break = 0
         self.num_broken = 0
         self._start(self._accept)
@@ -188,10 +190,13 @@ class BreakingProxy:
     def _hand(self, source: socket.socket, target: socket.socket) -> None:
         with suppress(OSError):
             while data := source.recv(65_536):
-                if data.startswith(b"POST /v1/") and self.num_to_break > 0:
-                    self.num_to_break -= 1
-                    self.num_broken += 1
-                    break
+                if data.startswith(b"POST /v1/"):
+                    if self.num_to_pass > 0:
+                        self.num_to_pass -= 1
+                    elif self.num_to_break > 0:
+                        self.num_to_break -= 1
+                        self.num_broken += 1
+                        break
                 target.sendall(data)
         for one in (source, target):
             with suppress(OSError):
