@@ -75,11 +75,11 @@ class Setup:
             "HF_HUB_OFFLINE": "1",
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)) if server != "vllm" else "",
         }
-        return {**shared, **_VLLM_ENVIRONMENT} if server == "vllm" else shared
+        return {**shared, **VLLM_ENVIRONMENT} if server == "vllm" else shared
 
 
 # It binds its threads to cores of its own choice otherwise, which may not be ours to use.
-_VLLM_ENVIRONMENT = {
+VLLM_ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_NO_USAGE_STATS": "1",
