@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rankonce.cli.bench_distillation import pruning, rungs
-from rankonce.cli.bench_serving import ThreadsOption, end_in_order, serve, soak, usable_cores
+from rankonce.cli.bench_serving import ThreadsOption, serve, soak, usable_cores
 from rankonce.cli.options import (
     Engine,
     EngineModelOption,
     EnginePythonOption,
     Precision,
+    end_in_order,
     quiet_transformers,
     read_engine,
 )

@@ -6,7 +6,7 @@ from typing import Annotated, TypeVar
 
 import typer
 
-from rankonce.cli.options import quiet_transformers
+from rankonce.cli.options import end_in_order, quiet_transformers
 
 T = TypeVar("T")
 
@@ -31,14 +31,6 @@ RecordOption = Annotated[
 ]
 # The same folder as ``ranker.EMBEDDED_MODEL``, whose module imports torch.
 EMBEDDED = Path(__file__).parents[1] / "embedded"
-
-
-def end_in_order() -> None:
-    """Let SIGTERM unwind as Ctrl-C does, so that the servers that were started end as well."""
-    import signal
-    import sys
-
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def usable_cores() -> int:

@@ -3,6 +3,8 @@
 import logging
 import os
 import shlex
+import signal
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
@@ -352,6 +354,11 @@ def open_ranker(
 
 def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
+
+
+def end_in_order() -> None:
+    """Let SIGTERM unwind as Ctrl-C does, so that servers that were started end as well."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def is_first_process() -> bool:

@@ -30,6 +30,7 @@ from rankonce.cli.options import (
     RequestsArgument,
     TaskFileOption,
     TrustRemoteCodeOption,
+    end_in_order,
     open_ranker,
     read_adapters,
     read_engine,
@@ -111,6 +112,8 @@ def score(
             "--adapter": adapter,
         },
     )
+    if other_engine is not None:
+        end_in_order()
     with open_ranker(
         other_engine,
         model,

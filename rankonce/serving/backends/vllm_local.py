@@ -1,5 +1,6 @@
 """vLLM in this process, where it is installed beside RankOnce."""
 
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from itertools import chain
@@ -26,6 +27,8 @@ class VllmInProcess(Backend):
     engine = "vllm"
 
     def __init__(self, model: str, *, dtype: str, options: Mapping[str, Any]) -> None:
+        # Its log goes to stdout otherwise, where data goes.
+        os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
         import vllm
 
         self._vllm = vllm
