@@ -5,6 +5,7 @@ tokens to its scores; then as many more are asked for together. Scores are compa
 the first engine.
 """
 
+import os
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -59,12 +60,14 @@ def measure_engines(options: EngineBenchmark) -> dict[str, Any]:
         RankOnceError: an engine cannot be used, or gives other scores than the first.
     """
     torch.set_num_threads(options.threads)
-    arms = []
+    arms: list[dict[str, Any]] = []
+    loads: list[float] = []
     expected: list[torch.Tensor] | None = None
     with shared_checkpoint(options.model, size=options.size, seed=options.seed) as model:
         for engine in options.engines:
             name = NATIVE if engine is None else engine.engine
             print(f"{name}: starts", file=sys.stderr)
+            loads.append(os.getloadavg()[0])
             with _opened(engine, model) as ranker:
                 arm, scores = _measure(ranker, options)
             expected = expected or scores
@@ -86,6 +89,8 @@ def measure_engines(options: EngineBenchmark) -> dict[str, Any]:
             )
     record = {
         "environment": describe_machine(),
+        # Above the cores, others worked beside the engines.
+        "load_averages": loads,
         "settings": {
             "model": options.size or options.model.name,
             "workload": str(options.workload),
