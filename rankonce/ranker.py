@@ -18,8 +18,9 @@ from rankonce.calibration import Calibration, calibrate_log_probs, read_calibrat
 from rankonce.errors import ModelError, NumericsError, RankOnceError, RequestError
 from rankonce.layout import TokenizedRequest
 from rankonce.model.adapters import is_adapter, read_adapter
+from rankonce.model.known import KnownModel
 from rankonce.model.loading import LoadedModel, add_adapter, load_model
-from rankonce.model.scoring import RawScores, Scorer
+from rankonce.model.scoring import PassScorer, RawScores, Scorer
 from rankonce.prompts.encoding import TextEncoder
 from rankonce.prompts.rendering import RenderedRequest, Renderer
 from rankonce.prompts.tasks import Task, find_task, library_tasks
@@ -71,17 +72,22 @@ class Ranker:
     """Scores the candidates of requests with one model and any number of tasks.
 
     Args:
-        model: a loaded model.
+        model: a loaded model, or what is known of one whose weights another engine holds.
         tasks: the caller's own tasks, beside those of the library and before them.
         config: how it runs.
+        scorer: computes the passes; by default the model itself.
+
+    Raises:
+        ModelError: the weights are not here, and there is no scorer.
     """
 
     def __init__(
         self,
-        model: LoadedModel,
+        model: KnownModel,
         *,
         tasks: Iterable[Task] = (),
         config: RankerConfig | None = None,
+        scorer: PassScorer | None = None,
     ) -> None:
         self.model = model
         self.config = config or RankerConfig()
@@ -99,8 +105,8 @@ class Ranker:
             cache=TokenCache(self.config.token_cache_mb * 1_000_000),
         )
         self.renderer = Renderer(encoder, max_prompt_tokens=model.max_prompt_tokens)
-        self.scorer = Scorer(
-            model,
+        self.scorer = scorer or Scorer(
+            self.loaded,
             cache_bytes=self.config.prefix_cache_mb * 1_000_000,
             max_graph_tokens=self.config.max_graph_tokens,
         )
@@ -136,6 +142,17 @@ class Ranker:
             adapters=adapters,
         )
         return cls(model, tasks=tasks, config=config)
+
+    @property
+    def loaded(self) -> LoadedModel:
+        """The model with its weights.
+
+        Raises:
+            ModelError: another engine holds them.
+        """
+        if not isinstance(self.model, LoadedModel):
+            raise ModelError(f"model: the weights of {self.model.name} are in another engine")
+        return self.model
 
     def score(self, request: ScoreRequest) -> ScoreResult:
         """Score the candidates of one request in as few passes as fit.
@@ -248,16 +265,16 @@ class Ranker:
         if name in self.model.adapters.files:
             raise ModelError(f"adapter: {name!r} is loaded already")
         calibrations = read_calibrations(folder) if self.config.calibrate else {}
-        add_adapter(self.model, folder, name=name)
+        add_adapter(self.loaded, folder, name=name)
         self.calibrations[name] = calibrations
-        self.scorer.runner.forget_recordings()
+        self.scorer.forget_recordings()
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter with all that was computed with it; nothing else may run meanwhile."""
-        self.model.adapters.remove(self.model.network, name)
+        self.model.adapters.remove(self.loaded.network, name)
         self.calibrations.pop(name, None)
         self.scorer.cache.drop(name)
-        self.scorer.runner.forget_recordings()
+        self.scorer.forget_recordings()
 
     def forward(
         self,

@@ -185,7 +185,7 @@ def _train_and_score(
         scores[name] = {
             arm: _probabilities(ranker, part, adapter) for arm, (ranker, adapter) in arms.items()
         }
-    weights = list(shared.model.network.named_parameters())
+    weights = list(shared.loaded.network.named_parameters())
     return scores, {
         "backbone": sum(weight.numel() for key, weight in weights if ".lora_" not in key),
         "adapter": sum(weight.numel() for key, weight in weights if ".lora_" in key) // len(train),

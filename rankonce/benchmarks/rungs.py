@@ -99,7 +99,7 @@ def measure_rungs(
         }
     return {
         "rungs": rungs,
-        "device": str(rankers[0].model.device),
+        "device": str(rankers[0].loaded.device),
         "threads": torch.get_num_threads(),
         "rounds": options.rounds,
         "max_tokens_per_pass": options.max_tokens_per_pass,
@@ -146,7 +146,7 @@ def _load(folder: Path, options: RungsOptions) -> Ranker:
 
 
 def _weigh(ranker: Ranker) -> dict[str, float]:
-    parameters = list(ranker.model.network.parameters())
+    parameters = list(ranker.loaded.network.parameters())
     return {
         "parameters": sum(one.numel() for one in parameters),
         "weights_mb": sum(one.numel() * one.element_size() for one in parameters) / 1e6,
@@ -163,8 +163,8 @@ def _time_passes(ranker: Ranker, requests: Sequence[TokenizedRequest]) -> list[f
     for parts in passes:
         start = time.perf_counter()
         ranker.scorer.run_pass([(opened[part.request], part.last) for part in parts])
-        if ranker.model.device.type == "cuda":
-            torch.cuda.synchronize(ranker.model.device)
+        if ranker.loaded.device.type == "cuda":
+            torch.cuda.synchronize(ranker.loaded.device)
         taken.append((time.perf_counter() - start) * 1e3)
     return taken
 
@@ -198,8 +198,8 @@ def _score_once(folder: Path, examples: Sequence[TrainingExample], options: Rung
     ranker = _load(folder, options)
     for _ in ranker.score_many([one.request for one in examples], progress=False):
         pass
-    if ranker.model.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(ranker.model.device) / 1e6
+    if ranker.loaded.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(ranker.loaded.device) / 1e6
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # Bytes on macOS, KiB elsewhere.
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6

@@ -24,7 +24,6 @@ from rankonce.benchmarks.serve_arms import ARMS, READY_S, ServingArm, Setup
 from rankonce.benchmarks.serve_capacity import find_capacity
 from rankonce.benchmarks.serve_load import JSON_HEADERS, Call, LoadStep, run_step
 from rankonce.benchmarks.serve_models import load_offline_ranker
-from rankonce.benchmarks.serve_servers import ServerProcess, running
 from rankonce.benchmarks.serve_workloads import (
     LOAD_WORKLOADS,
     LoadRequest,
@@ -32,6 +31,7 @@ from rankonce.benchmarks.serve_workloads import (
     LoadWriter,
 )
 from rankonce.errors import DataError
+from rankonce.serving.backends.processes import ServerProcess, running
 
 # Other engines agree with transformers to four decimals.
 TOLERANCE = 1e-3

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from rankonce.benchmarks.serve_load import Call
-from rankonce.benchmarks.serve_servers import ServerProcess, free_port
 from rankonce.benchmarks.serve_workloads import LoadRequest, LoadWorkload
+from rankonce.serving.backends.commands import EngineCommand
+from rankonce.serving.backends.processes import ServerProcess, free_port
 
 SERVED_NAME = "ranker"
 # The start of vLLM compiles for minutes.
@@ -74,11 +75,11 @@ class Setup:
             "HF_HUB_OFFLINE": "1",
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)) if server != "vllm" else "",
         }
-        return {**shared, **_VLLM_ENVIRONMENT} if server == "vllm" else shared
+        return {**shared, **VLLM_ENVIRONMENT} if server == "vllm" else shared
 
 
 # It binds its threads to cores of its own choice otherwise, which may not be ours to use.
-_VLLM_ENVIRONMENT = {
+VLLM_ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_NO_USAGE_STATS": "1",
@@ -92,10 +93,14 @@ def _rankonce_command(setup: Setup, port: int) -> list[str]:
 
 def _vllm_command(setup: Setup, port: int) -> list[str]:
     assert setup.vllm_python is not None
-    command = [str(setup.vllm_python), "-m", "vllm.entrypoints.openai.api_server"]
-    command += ["--model", str(setup.model), "--served-model-name", SERVED_NAME]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
-    return [*command, "--enable-prefix-caching"]
+    command = EngineCommand(
+        python=setup.vllm_python,
+        model=setup.model,
+        served_name=SERVED_NAME,
+        port=port,
+        dtype="float32",
+    )
+    return command.write("vllm")
 
 
 def _transformers_command(setup: Setup, port: int) -> list[str]:

@@ -22,13 +22,13 @@ from rankonce.benchmarks.serve_arms import READY_S, Setup
 from rankonce.benchmarks.serve_capacity import Capacity, find_capacity
 from rankonce.benchmarks.serve_load import JSON_HEADERS, LoadStep, percentile, run_step
 from rankonce.benchmarks.serve_models import load_offline_ranker
-from rankonce.benchmarks.serve_servers import ServerProcess, running
 from rankonce.benchmarks.soak_batches import BatchCounts, run_batch
 from rankonce.benchmarks.soak_clients import INVALID_SHARE, TIMEOUT_S, VANISHING_SHARE, Clients
 from rankonce.benchmarks.soak_memory import describe_memory
 from rankonce.benchmarks.soak_supervision import Supervisor
 from rankonce.benchmarks.soak_tally import MAX_FAULTS_KEPT, Tally
 from rankonce.benchmarks.soak_traffic import SOAK_WORKLOAD, KnownQuestion, write_known
+from rankonce.serving.backends.processes import ServerProcess, running
 
 _CAPACITY_STEP_S = 10.0
 _CAPACITY_REQUESTS = 50

@@ -5,9 +5,9 @@ import math
 import time
 
 from rankonce.benchmarks.serve_arms import READY_S
-from rankonce.benchmarks.serve_servers import ServerProcess
 from rankonce.benchmarks.soak_memory import MemorySample
 from rankonce.benchmarks.soak_tally import Tally
+from rankonce.serving.backends.processes import ServerProcess
 
 _SAMPLE_S = 1.0
 

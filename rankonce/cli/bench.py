@@ -1,17 +1,30 @@
 """``rankonce bench``: kernels and whole passes beside their limits, and the report of them."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from rankonce.cli.bench_distillation import pruning, rungs
-from rankonce.cli.bench_serving import serve, soak
+from rankonce.cli.bench_serving import ThreadsOption, serve, soak, usable_cores
 from rankonce.cli.bench_training import adapters, scaling, training, training_options
-from rankonce.cli.options import DeviceOption, quiet_transformers
+from rankonce.cli.options import (
+    DeviceOption,
+    Engine,
+    EngineModelOption,
+    EnginePythonOption,
+    Precision,
+    end_in_order,
+    quiet_transformers,
+    read_engine,
+)
+
+if TYPE_CHECKING:
+    from rankonce.serving.backends.opening import EngineOptions
 
 app = typer.Typer(
     name="bench",
@@ -68,9 +81,81 @@ def whole_pass(
     minutes: MinutesOption = 9.0,
     output: OutputOption = Path("results"),
     only: OnlyOption = None,
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME|NAME=URL",
+            help="Compare engines instead: native, vllm or sglang, started or at a URL; given "
+            "several times, in this order.",
+        ),
+    ] = None,
+    engine_python: EnginePythonOption = None,
+    engine_model: EngineModelOption = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            file_okay=False,
+            help="Checkpoint of the engines.",
+            show_default="random weights of --size",
+        ),
+    ] = None,
+    size: Annotated[str, typer.Option(help="Of the engines' random weights, 0.4m to 150m.")] = "3m",
+    requests: Annotated[
+        int, typer.Option(min=1, help="Of the engines: timed alone, and again together.")
+    ] = 5,
+    threads: ThreadsOption = None,
 ) -> None:
-    """Time whole passes of models with random weights beside their rooflines."""
-    _run("pass", small, device, minutes, output, only)
+    """Time whole passes of models with random weights beside their rooflines, or other engines.
+
+    rankonce bench pass --engine native --engine vllm --engine-python .engines/vllm/bin/python
+    """
+    if engine is None:
+        _run("pass", small, device, minutes, output, only)
+        return
+    from rankonce.benchmarks.engines import EngineBenchmark, describe_engines, measure_engines
+    from rankonce.benchmarks.serve_arms import VLLM_ENVIRONMENT
+    from rankonce.ranker import EMBEDDED_MODEL
+
+    quiet_transformers()
+    end_in_order()
+    threads = threads or usable_cores()
+    # An engine that is started takes them over.
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    for name, value in VLLM_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    options = EngineBenchmark(
+        engines=[_read_compared(text, engine_python, engine_model) for text in engine],
+        model=model or EMBEDDED_MODEL,
+        size=None if model else size,
+        num_requests=requests,
+        threads=threads,
+        output=output / "engines.json",
+    )
+    typer.echo(describe_engines(measure_engines(options)))
+
+
+def _read_compared(text: str, python: Path | None, model: str | None) -> "EngineOptions | None":
+    """Read NAME or NAME=URL."""
+    name, _, url = text.partition("=")
+    if name not in [*Engine]:
+        raise typer.BadParameter(
+            f"should be one of {', '.join(Engine)}, is {name!r}", param_hint="--engine"
+        )
+    chosen = Engine(name)
+    if chosen is Engine.NATIVE and url:
+        raise typer.BadParameter("native runs here and has no URL", param_hint="--engine")
+    is_started = chosen is not Engine.NATIVE and not url
+    return read_engine(
+        chosen,
+        url=url or None,
+        python=python if is_started else None,
+        model=model if chosen is not Engine.NATIVE else None,
+        args=None,
+        api_key=None,
+        precision=Precision.FP32 if is_started else None,
+        unused={},
+    )
 
 
 @app.command()

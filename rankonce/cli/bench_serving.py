@@ -6,7 +6,7 @@ from typing import Annotated, TypeVar
 
 import typer
 
-from rankonce.cli.options import quiet_transformers
+from rankonce.cli.options import end_in_order, quiet_transformers
 
 T = TypeVar("T")
 
@@ -33,15 +33,7 @@ RecordOption = Annotated[
 EMBEDDED = Path(__file__).parents[1] / "embedded"
 
 
-def _end_in_order() -> None:
-    """Let SIGTERM unwind as Ctrl-C does, so that the servers that were started end as well."""
-    import signal
-    import sys
-
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-
-
-def _usable_cores() -> int:
+def usable_cores() -> int:
     import os
 
     return len(os.sched_getaffinity(0))
@@ -124,7 +116,7 @@ def serve(
         from rankonce.benchmarks.serve_workloads import LOAD_WORKLOADS
 
         quiet_transformers()
-        _end_in_order()
+        end_in_order()
         workloads = tuple(
             _choose(name, LOAD_WORKLOADS, "--workload") for name in workload or LOAD_WORKLOADS
         )
@@ -136,7 +128,7 @@ def serve(
         with shared_checkpoint(model, size=size, seed=seed) as folder:
             setup = Setup(
                 model=folder,
-                threads=threads or _usable_cores(),
+                threads=threads or usable_cores(),
                 vllm_python=vllm_python,
                 arguments=arguments,
                 url=url,
@@ -204,11 +196,11 @@ def soak(
         from rankonce.benchmarks.soak import SoakBenchmark, run_soak
 
         quiet_transformers()
-        _end_in_order()
+        end_in_order()
         with shared_checkpoint(model, size=size, seed=seed) as folder:
             setup = Setup(
                 model=folder,
-                threads=threads or _usable_cores(),
+                threads=threads or usable_cores(),
                 arguments={"rankonce": shlex.split(server_arguments)},
             )
             found = run_soak(

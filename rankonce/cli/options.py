@@ -2,7 +2,11 @@
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+import shlex
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +17,7 @@ from rankonce.cli.request_files import STDIN
 
 if TYPE_CHECKING:
     from rankonce.ranker import Ranker
+    from rankonce.serving.backends.opening import EngineOptions
 
 
 class Precision(StrEnum):
@@ -24,6 +29,14 @@ class Precision(StrEnum):
     FP8 = "fp8"
     INT8 = "int8"
     NF4 = "nf4"
+
+
+class Engine(StrEnum):
+    """Whoever computes the passes."""
+
+    NATIVE = "native"
+    VLLM = "vllm"
+    SGLANG = "sglang"
 
 
 def _check_requests(path: Path) -> Path:
@@ -125,6 +138,112 @@ AdapterOption = Annotated[
 ]
 
 
+EngineOption = Annotated[
+    Engine,
+    typer.Option("--engine", help="Computes the passes: RankOnce itself, or another engine."),
+]
+EngineUrlOption = Annotated[
+    str | None,
+    typer.Option(
+        "--engine-url",
+        metavar="URL",
+        help="Server of the engine, which runs already.",
+        show_default="one is started",
+    ),
+]
+EnginePythonOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--engine-python",
+        metavar="PATH",
+        help="Python of the environment in which the engine is installed.",
+        show_default="this one",
+    ),
+]
+EngineModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--engine-model",
+        metavar="NAME",
+        help="What the engine calls the model.",
+        show_default="as --model has it",
+    ),
+]
+EngineArgsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--engine-args",
+        metavar="TEXT",
+        help="More arguments of the engine that is started, such as '--max-model-len 8192'.",
+    ),
+]
+EngineKeyOption = Annotated[
+    str | None,
+    typer.Option(
+        "--engine-api-key",
+        envvar="RANKONCE_ENGINE_API_KEY",
+        help="Key that the engine's server wants.",
+    ),
+]
+
+
+def read_engine(
+    engine: Engine,
+    *,
+    url: str | None,
+    python: Path | None,
+    model: str | None,
+    args: str | None,
+    api_key: str | None,
+    precision: Precision | None,
+    unused: Mapping[str, object],
+) -> "EngineOptions | None":
+    """Read the options of an engine; ``None`` is RankOnce itself.
+
+    Args:
+        unused: options that the native engine alone has, by name; none may be given for another.
+    """
+    given = {
+        "--engine-url": url,
+        "--engine-python": python,
+        "--engine-model": model,
+        "--engine-args": args,
+    }
+    if engine is Engine.NATIVE:
+        for name, value in given.items():
+            if value is not None:
+                raise typer.BadParameter("goes with another --engine than native", param_hint=name)
+        return None
+    for option, unwanted in unused.items():
+        if unwanted:
+            raise typer.BadParameter(f"does not go with --engine {engine.value}", param_hint=option)
+    if url is not None:
+        if not url.startswith(("http://", "https://")):
+            raise typer.BadParameter(
+                f"should begin with http:// or https://, is {url!r}", param_hint="--engine-url"
+            )
+        for option in ("--engine-python", "--engine-args"):
+            if given[option] is not None:
+                raise typer.BadParameter(
+                    "starts an engine, and --engine-url joins one that runs", param_hint=option
+                )
+        if precision is not None:
+            raise typer.BadParameter(
+                "is settled by the engine that runs at --engine-url", param_hint="--precision"
+            )
+    from rankonce.serving.backends.opening import EngineOptions
+
+    return EngineOptions(
+        engine=engine.value,
+        url=url,
+        python=python,
+        served_name=model,
+        api_key=api_key,
+        precision=None if precision is None else precision.value,
+        arguments=shlex.split(args or ""),
+    )
+
+
 def read_adapters(texts: Sequence[str] | None) -> dict[str, Path] | None:
     """Read ``NAME=DIR`` of every adapter, ``None`` if there are none."""
     folders: dict[str, Path] = {}
@@ -171,11 +290,7 @@ def load_ranker(
     from rankonce.ranker import EMBEDDED_MODEL, Ranker, RankerConfig
 
     quiet_transformers()
-    bounds: dict[str, Any] = {
-        "max_tokens_per_pass": max_tokens_per_pass,
-        "prefix_cache_mb": prefix_cache_mb,
-    }
-    given = {name: value for name, value in bounds.items() if value is not None}
+    given = _given(max_tokens_per_pass=max_tokens_per_pass, prefix_cache_mb=prefix_cache_mb)
     return Ranker.from_pretrained(
         model or EMBEDDED_MODEL,
         device=device,
@@ -188,6 +303,62 @@ def load_ranker(
         ),
         adapters=adapters,
     )
+
+
+@contextmanager
+def open_ranker(
+    engine: "EngineOptions | None",
+    model: str | None = None,
+    *,
+    task_files: Sequence[Path] | None = None,
+    max_tokens_per_pass: int | None = None,
+    label_mass: bool = False,
+    trust_remote_code: bool = False,
+    chat: bool | None = None,
+    **native: Any,
+) -> Iterator["Ranker"]:
+    """Have a ranker inside this context, of this process or over another engine.
+
+    Args:
+        native: what ``load_ranker`` takes besides, and another engine does not.
+    """
+    if engine is None:
+        yield load_ranker(
+            model,
+            task_files=task_files,
+            max_tokens_per_pass=max_tokens_per_pass,
+            label_mass=label_mass,
+            trust_remote_code=trust_remote_code,
+            chat=chat,
+            **native,
+        )
+        return
+    from rankonce.prompts.tasks import load_task
+
+    own_tasks = [load_task(path) for path in task_files or ()]
+
+    from rankonce.ranker import EMBEDDED_MODEL, RankerConfig
+    from rankonce.serving.backends import opening
+
+    quiet_transformers()
+    given = _given(max_tokens_per_pass=max_tokens_per_pass)
+    with opening.open_ranker(
+        engine,
+        model or EMBEDDED_MODEL,
+        tasks=own_tasks,
+        config=RankerConfig(label_mass=label_mass, chat=chat, **given),
+        trust_remote_code=trust_remote_code,
+    ) as ranker:
+        yield ranker
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def end_in_order() -> None:
+    """Let SIGTERM unwind as Ctrl-C does, so that servers that were started end as well."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def is_first_process() -> bool:

@@ -19,6 +19,13 @@ from rankonce.cli.options import (
     AdapterOption,
     ChatOption,
     DeviceOption,
+    Engine,
+    EngineArgsOption,
+    EngineKeyOption,
+    EngineModelOption,
+    EngineOption,
+    EnginePythonOption,
+    EngineUrlOption,
     KeepOption,
     LabelMassOption,
     MaxTokensPerPassOption,
@@ -28,8 +35,10 @@ from rankonce.cli.options import (
     RequestsArgument,
     TaskFileOption,
     TrustRemoteCodeOption,
-    load_ranker,
+    end_in_order,
+    open_ranker,
     read_adapters,
+    read_engine,
 )
 from rankonce.cli.summary import Summary
 from rankonce.errors import DataError, NumericsError, RankOnceError, RequestError, TaskError
@@ -81,6 +90,12 @@ def score(
     trust_remote_code: TrustRemoteCodeOption = False,
     chat: ChatOption = None,
     adapter: AdapterOption = None,
+    engine: EngineOption = Engine.NATIVE,
+    engine_url: EngineUrlOption = None,
+    engine_python: EnginePythonOption = None,
+    engine_model: EngineModelOption = None,
+    engine_args: EngineArgsOption = None,
+    engine_api_key: EngineKeyOption = None,
 ) -> None:
     """Score the candidates of every request.
 
@@ -90,7 +105,9 @@ def score(
     were. The exit code is 0 then, and 1 if no request at all could be scored.
     """
     check_ray_usage(
-        ray, {"--ray-address": ray_address, "--workers": workers, "--shard-rows": shard_rows}
+        ray,
+        {"--ray-address": ray_address, "--workers": workers, "--shard-rows": shard_rows},
+        engine=engine.value,
     )
     loading: dict[str, Any] = {
         "model": model,
@@ -125,8 +142,25 @@ def score(
     if rejects is None and out is not None:
         rejects = out.with_name(out.name + ".rejects.jsonl")
     _check_usage(requests, out, rejects, resume)
-    ranker = load_ranker(**loading)
-    summary = score_file(ranker, requests, out=out, rejects=rejects, resume=resume)
+    other_engine = read_engine(
+        engine,
+        url=engine_url,
+        python=engine_python,
+        model=engine_model,
+        args=engine_args,
+        api_key=engine_api_key,
+        precision=precision,
+        unused={
+            "--device": device,
+            "--keep": keep,
+            "--prefix-cache-mb": prefix_cache_mb,
+            "--adapter": adapter,
+        },
+    )
+    if other_engine is not None:
+        end_in_order()
+    with open_ranker(other_engine, **loading) as ranker:
+        summary = score_file(ranker, requests, out=out, rejects=rejects, resume=resume)
     typer.echo(summary.describe(), err=True)
     if summary.num_rejected and not summary.num_scored + summary.num_before:
         raise RequestError(

@@ -2,11 +2,14 @@
 
 import ipaddress
 import logging
+import shlex
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path
+from socket import socket
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -23,18 +26,29 @@ from rankonce.cli.options import (
     AdapterOption,
     ChatOption,
     DeviceOption,
+    Engine,
+    EngineArgsOption,
+    EngineKeyOption,
+    EngineModelOption,
+    EngineOption,
+    EnginePythonOption,
+    EngineUrlOption,
     KeepOption,
     MaxTokensPerPassOption,
     PrecisionOption,
     PrefixCacheOption,
     TaskFileOption,
     TrustRemoteCodeOption,
-    load_ranker,
+    open_ranker,
     read_adapters,
+    read_engine,
 )
 from rankonce.errors import MissingDependencyError
 
 if TYPE_CHECKING:
+    from rankonce.ranker import Ranker
+    from rankonce.serving.backends.opening import EngineOptions
+    from rankonce.serving.engine import ServerConfig
     from rankonce.serving.operations import OperationsConfig
 
 logger = logging.getLogger(__name__)
@@ -109,6 +123,19 @@ def serve(
         typer.Option(
             "--allow-adapter-loading",
             help="Let clients load adapters from any folder here, and unload them.",
+        ),
+    ] = False,
+    engine: EngineOption = Engine.NATIVE,
+    engine_url: EngineUrlOption = None,
+    engine_python: EnginePythonOption = None,
+    engine_model: EngineModelOption = None,
+    engine_args: EngineArgsOption = None,
+    engine_api_key: EngineKeyOption = None,
+    print_engine_command: Annotated[
+        bool,
+        typer.Option(
+            "--print-engine-command",
+            help="Print the command that starts the engine's server, and end.",
         ),
     ] = False,
     max_wait_ms: Annotated[
@@ -238,14 +265,45 @@ def serve(
     except ImportError as error:
         library = (error.name or "fastapi").replace("_", "-")
         raise MissingDependencyError(library, extra="serve") from error
-    scale = read_scale(context, ray, ray_address, replicas, max_replicas, target_questions)
+    scale = read_scale(
+        context,
+        ray,
+        ray_address,
+        replicas,
+        max_replicas,
+        target_questions,
+        engine=engine.value,
+    )
     models = _read_models(model, served_model_name=served_model_name)
     adapters = read_adapters(adapter)
+    other_engine = read_engine(
+        engine,
+        url=engine_url,
+        python=engine_python,
+        model=engine_model,
+        args=engine_args,
+        api_key=engine_api_key,
+        precision=precision,
+        unused={
+            "--device": device,
+            "--keep": keep,
+            "--prefix-cache-mb": prefix_cache_mb,
+            "--adapter": adapter,
+            "--allow-adapter-loading": allow_adapter_loading,
+        },
+    )
+    if other_engine is not None and len(models) > 1:
+        raise typer.BadParameter(
+            f"gives one model for --engine {engine.value}", param_hint="--model"
+        )
+    if print_engine_command:
+        _print_engine_command(other_engine, next(iter(models.values())))
+        return
     if len(models) > 1 and adapters:
         raise typer.BadParameter(
             "goes with one model; load adapters over several at run time", param_hint="--adapter"
         )
-    from rankonce.serving.app import open_listener, run_server
+    from rankonce.serving.app import open_listener
     from rankonce.serving.batcher import BatcherConfig
     from rankonce.serving.batches.config import BatchConfig
     from rankonce.serving.batches.folder import DataFolder
@@ -330,17 +388,44 @@ def serve(
     if data_dir is not None:
         DataFolder(data_dir).close()
     listener = open_listener(config)
-    rankers = {name: load_ranker(source, **loading) for name, source in models.items()}
+    with ExitStack() as stack:
+        rankers = {
+            name: stack.enter_context(open_ranker(other_engine, source, **loading))
+            for name, source in models.items()
+        }
+        if not _run(rankers, config, listener, operations):
+            raise typer.Exit(1)
+
+
+def _run(
+    rankers: "Mapping[str, Ranker]",
+    config: "ServerConfig",
+    listener: "socket",
+    operations: "OperationsConfig",
+) -> bool:
+    """Serve until told to stop; whether the server could answer."""
+    from rankonce.serving.app import run_server
+
     # From here on a client that comes waits until it is answered.
     listener.listen()
-    shown = f"[{host}]" if ":" in host else host
+    shown = f"[{config.host}]" if ":" in config.host else config.host
     address = f"http://{shown}:{listener.getsockname()[1]}"
     shown_names = ", ".join(ranker.model.name for ranker in rankers.values())
     # A line of the log like any other, so that whoever reads JSON lines can read it too.
     logger.info("serving %s on %s, the interface is at %s/docs", shown_names, address, address)
     # A single model without a name of its own is called by its checkpoint's.
-    if not run_server(rankers.get("", rankers), config, listener, operations):
-        raise typer.Exit(1)
+    return run_server(rankers.get("", rankers), config, listener, operations)
+
+
+def _print_engine_command(engine: "EngineOptions | None", model: str | None) -> None:
+    from rankonce.ranker import EMBEDDED_MODEL
+
+    if engine is None or engine.url is not None:
+        raise typer.BadParameter(
+            "goes with an --engine that is started", param_hint="--print-engine-command"
+        )
+    command = engine.command(model or EMBEDDED_MODEL, port=engine.default_port)
+    typer.echo(shlex.join(command.write(engine.engine)))
 
 
 def _read_models(

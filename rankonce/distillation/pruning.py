@@ -374,7 +374,7 @@ def _cut_vocabulary(
     for task in tasks:
         used.update(*resolve_labels(task, ranker.renderer.encoder))
     cut = cut_vocabulary(ranker.model.tokenizer, used)
-    num_rows = ranker.model.network.get_input_embeddings().weight.shape[0]
+    num_rows = ranker.loaded.network.get_input_embeddings().weight.shape[0]
     if int(cut.tokens.max()) >= num_rows:
         raise ModelError(
             f"tokenizer: has token {int(cut.tokens.max())}, but the checkpoint has rows for "

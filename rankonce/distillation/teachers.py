@@ -136,7 +136,7 @@ class LocalTeacher:
                 f"teacher: hidden states need a checkpoint, {self.name} is an adapter; merge it "
                 "first (rankonce merge)"
             )
-        model = self.ranker.model
+        model = self.ranker.loaded
         return LiveTeacher(
             model.network, encoder=self.ranker.renderer.encoder.fingerprint, name=self.name
         )

@@ -1,16 +1,14 @@
 """Load a checkpoint and make sure that it can run packed."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from rankonce.errors import ModelError, ShapeError
 from rankonce.kernels.segment_attention.tiles import TileKey
@@ -25,6 +23,14 @@ from rankonce.model.adapters import (
 )
 from rankonce.model.attention import ATTENTION_NAME, SegmentPass, register_segment_attention
 from rankonce.model.head import Head, head_of
+from rankonce.model.known import (
+    UNUSABLE_FILES,
+    KnownModel,
+    check_decoder_only,
+    check_source,
+    first_line,
+    load_tokenizer,
+)
 from rankonce.model.packing import forward_pass, pack_pass
 from rankonce.model.precision import find_precision, loading_options, settle_4bit_layers
 from rankonce.model.quantized import (
@@ -37,7 +43,6 @@ from rankonce.model.quantized import (
     stored_options,
     warn_refused,
 )
-from rankonce.model.sources import names_folder
 
 # Largest difference of logits between packed and separate, as a part of the largest logit.
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -47,44 +52,26 @@ _FP8_TAKES_NONE = (
     "precision: fp8 and cpu-int8 take no adapters, whose inputs would be quantised; merge one "
     "into a checkpoint (rankonce merge), or choose another precision"
 )
-# What transformers raises for files that are missing, broken or hold values that make no sense.
-_UNUSABLE_FILES = (
-    OSError,
-    ValueError,
-    RuntimeError,
-    ImportError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    ArithmeticError,
-    StrictDataclassError,
-)
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoadedModel:
+class LoadedModel(KnownModel):
     """A model that has been seen to run packed.
 
     Attributes:
         network: the transformers model, its attention replaced.
-        tokenizer: the checkpoint's fast tokenizer.
         head: the FP32 head.
-        max_prompt_tokens: the longest prompt: the context, or a window that it applies by its mask
-            alone or the reach of its short rotary factors if that is shorter.
-        name: how the checkpoint was asked for.
         acceleration: what runs on our kernels, and the way back.
         table_keys: the attention tables that its layers ask for on its device.
-        adapters: those over the network, and which of them is in use.
+
+    The longest prompt is the context, or a window that the model applies by its mask alone or the
+    reach of its short rotary factors if that is shorter.
     """
 
     network: Any
-    tokenizer: Any
     head: Head
-    max_prompt_tokens: int
-    name: str
     acceleration: Acceleration
     table_keys: tuple[TileKey, ...] = ()
-    adapters: Adapters = field(default_factory=Adapters)
 
     @property
     def device(self) -> torch.device:
@@ -95,24 +82,6 @@ class LoadedModel:
     def is_capturable(self) -> bool:
         """Whether its passes can be recorded as CUDA graphs: every step runs on our kernels."""
         return self.device.type == "cuda" and self.acceleration.is_complete
-
-    def check_ids(self, request: TokenizedRequest) -> None:
-        """Refuse tokens that the tokenizer knows and the checkpoint has no embedding of.
-
-        Raises:
-            ModelError: names the token.
-        """
-        num_rows = min(
-            self.network.get_input_embeddings().weight.shape[0], self.head.weight_VD.shape[0]
-        )
-        parts = (request.prefix_ids, *request.segment_ids, *request.label_ids)
-        largest = max(max(ids) for ids in parts if ids)
-        if largest >= num_rows:
-            raise ModelError(
-                f"tokenizer: has token {largest}, "
-                f"{self.tokenizer.convert_ids_to_tokens(largest)!r}, but the checkpoint has rows "
-                f"for {num_rows} tokens only; they do not belong together"
-            )
 
 
 def load_model(
@@ -138,8 +107,7 @@ def load_model(
         ModelError: says what is wrong with the checkpoint or an adapter.
     """
     source = str(name)
-    if names_folder(source) and not (Path(source) / "config.json").is_file():
-        raise ModelError(f"model: {source} has no config.json; should be a Hugging Face checkpoint")
+    check_source(source)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     chosen = find_precision(precision, device)
     if adapters and chosen.fp8:
@@ -147,7 +115,7 @@ def load_model(
     _check_device(device)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-        _check_decoder_only(source, config, trust_remote_code)
+        check_decoder_only(source, config, trust_remote_code)
         scheme = find_scheme(config)
         kept_config = getattr(config, "quantization_config", None)
         if scheme is None or scheme == "other":
@@ -157,7 +125,7 @@ def load_model(
             if adapters and scheme in ROW_SCHEMES:
                 raise ModelError(_FP8_TAKES_NONE)
             options = stored_options(config, scheme, chosen, device)
-        tokenizer = _load_tokenizer(source, trust_remote_code)
+        tokenizer = load_tokenizer(source, trust_remote_code)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             output_loading_info=True,
@@ -169,8 +137,8 @@ def load_model(
         )
     except SafetensorError as error:
         raise ModelError(f"model: {source}: a safetensors file is broken: {error}") from error
-    except _UNUSABLE_FILES as error:
-        raise ModelError(f"model: {source} cannot be loaded: {_first_line(error)}") from error
+    except UNUSABLE_FILES as error:
+        raise ModelError(f"model: {source} cannot be loaded: {first_line(error)}") from error
     network, report = loaded
     missing = sorted(report["missing_keys"])
     if missing:
@@ -255,12 +223,14 @@ def prepare_model(
     config = network.config.get_text_config()
     limits = [*_mask_windows(config, windows), *_rope_limits(config)]
     context = getattr(config, "max_position_embeddings", None) or 2**31
+    num_embeddings = network.get_input_embeddings().weight.shape[0]
     return LoadedModel(
         network=network,
         tokenizer=tokenizer,
         head=head,
         max_prompt_tokens=min([*limits, context]),
         name=name,
+        num_vocabulary=min(num_embeddings, head.weight_VD.shape[0]),
         acceleration=acceleration,
         adapters=adapters or Adapters(),
         table_keys=tuple(
@@ -349,7 +319,7 @@ def check_packable(network: Any, head: Head) -> tuple[Acceleration, SegmentPass]
         acceleration = accelerate_model(network)
         hidden_CD = forward_pass(network, batch)
     except (TypeError, AttributeError, ValueError, RuntimeError, ShapeError) as error:
-        raise ModelError(f"{name}: cannot take a packed pass: {_first_line(error)}") from error
+        raise ModelError(f"{name}: cannot take a packed pass: {first_line(error)}") from error
     finally:
         network.train(was_training)
     layers = network.config.get_text_config().num_hidden_layers
@@ -394,40 +364,8 @@ def _logits(head: Head, hidden_CD: Tensor) -> Tensor:
     return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
 
-def _load_tokenizer(source: str, trust_remote_code: bool) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except _UNUSABLE_FILES as error:
-        raise ModelError(
-            f"tokenizer: {source} has none that can be loaded: {_first_line(error)}"
-        ) from error
-
-
 def _check_device(device: str) -> None:
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
-        raise ModelError(f"device: {device!r} cannot be used: {_first_line(error)}") from error
-
-
-def _check_decoder_only(source: str, config: Any, trust_remote_code: bool) -> None:
-    classes = config.architectures or []
-    own_code = getattr(config, "auto_map", None) or {}
-    is_known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or (
-        trust_remote_code and "AutoModelForCausalLM" in own_code
-    )
-    decoder_only = (
-        not config.is_encoder_decoder
-        and is_known
-        and all(name.endswith(("ForCausalLM", "LMHeadModel")) for name in classes)
-    )
-    if not decoder_only:
-        raise ModelError(
-            f"model: {source} is {', '.join(classes) or config.model_type}; should be a "
-            "decoder-only language model (…ForCausalLM)"
-        )
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+        raise ModelError(f"device: {device!r} cannot be used: {first_line(error)}") from error

@@ -5,6 +5,7 @@ done when all have their scores. Whoever plans the passes decides who takes part
 for a list of requests, the server's batcher for those that wait.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -83,23 +84,38 @@ class OpenRequest:
         )
 
 
-class Scorer:
-    """Runs passes of one model with one prefix cache, for one thread at a time.
+class PassScorer(ABC):
+    """Whoever computes the passes: a network of this process, or another engine.
 
-    Args:
-        cache_bytes: bound of the prefix cache; 0 keeps nothing across requests.
-        max_graph_tokens: passes of up to this many tokens are replayed as CUDA graphs, where the
-            model allows it.
+    Attributes:
+        cache: what is kept of prefixes here.
+        num_passes: that may run at one time, each on a thread of its own.
     """
 
-    def __init__(self, model: LoadedModel, *, cache_bytes: int, max_graph_tokens: int) -> None:
-        self.model = model
+    num_passes = 1
+
+    def __init__(self, *, cache_bytes: int) -> None:
         self.cache = PrefixCache(cache_bytes)
-        self.runner = PassRunner(
-            model.network,
-            model.table_keys,
-            max_graph_tokens=max_graph_tokens if model.is_capturable else 0,
-        )
+
+    @abstractmethod
+    def run_pass(self, turns: Sequence[tuple[OpenRequest, int]]) -> None:
+        """Run one pass.
+
+        Args:
+            turns: requests of one adapter, each with the candidate before which its part ends.
+        """
+
+    @abstractmethod
+    def check(self) -> None:
+        """Make sure that passes can be computed.
+
+        Raises:
+            EngineError: whoever computes them does not answer.
+        """
+
+    @abstractmethod
+    def forget_recordings(self) -> None:
+        """Forget what was recorded of passes, since the layers change."""
 
     def open_request(
         self, tokens: TokenizedRequest, *, whole: bool = False, num_top: int = 0
@@ -120,13 +136,60 @@ class Scorer:
             return 0
         return self.cache.count_known(tokens.prefix_ids, tokens.adapter, tokens.cache_salt)
 
+    def forward(
+        self,
+        requests: Sequence[TokenizedRequest],
+        *,
+        max_tokens_per_pass: int,
+        whole: bool = False,
+        num_top: int = 0,
+    ) -> list[RawScores]:
+        """Run requests through the model, those of one adapter after those of another."""
+        opened: dict[int, OpenRequest] = {}
+        for adapter in dict.fromkeys(request.adapter for request in requests):
+            places = [i for i, request in enumerate(requests) if request.adapter == adapter]
+            alike = [
+                self.open_request(requests[place], whole=whole, num_top=num_top) for place in places
+            ]
+            passes = plan_passes(
+                [one.tokens for one in alike],
+                [one.known_tokens for one in alike],
+                max_tokens_per_pass=max_tokens_per_pass,
+            )
+            for parts in passes:
+                self.run_pass([(alike[part.request], part.last) for part in parts])
+            opened.update(zip(places, alike, strict=True))
+        return [opened[place].join() for place in range(len(requests))]
+
+
+class Scorer(PassScorer):
+    """Runs passes of one model with one prefix cache, for one thread at a time.
+
+    Args:
+        cache_bytes: bound of the prefix cache; 0 keeps nothing across requests.
+        max_graph_tokens: passes of up to this many tokens are replayed as CUDA graphs, where the
+            model allows it.
+    """
+
+    def __init__(self, model: LoadedModel, *, cache_bytes: int, max_graph_tokens: int) -> None:
+        super().__init__(cache_bytes=cache_bytes)
+        self.model = model
+        self.runner = PassRunner(
+            model.network,
+            model.table_keys,
+            max_graph_tokens=max_graph_tokens if model.is_capturable else 0,
+        )
+
+    def check(self) -> None:
+        """Do nothing: what runs in this process answers."""
+
+    def forget_recordings(self) -> None:
+        """Forget the graphs that were recorded of passes."""
+        self.runner.forget_recordings()
+
     @torch.inference_mode()
     def run_pass(self, turns: Sequence[tuple[OpenRequest, int]]) -> None:
-        """Run one pass.
-
-        Args:
-            turns: requests of one adapter, each with the candidate before which its part ends.
-        """
+        """Run one pass through the network."""
         requests = [request.tokens for request, _ in turns]
         adapter = requests[0].adapter
         self.model.adapters.use(adapter)
@@ -162,31 +225,6 @@ class Scorer:
         for request, _ in turns:
             if request.is_done:
                 request.known = None
-
-    def forward(
-        self,
-        requests: Sequence[TokenizedRequest],
-        *,
-        max_tokens_per_pass: int,
-        whole: bool = False,
-        num_top: int = 0,
-    ) -> list[RawScores]:
-        """Run requests through the model, those of one adapter after those of another."""
-        opened: dict[int, OpenRequest] = {}
-        for adapter in dict.fromkeys(request.adapter for request in requests):
-            places = [i for i, request in enumerate(requests) if request.adapter == adapter]
-            alike = [
-                self.open_request(requests[place], whole=whole, num_top=num_top) for place in places
-            ]
-            passes = plan_passes(
-                [one.tokens for one in alike],
-                [one.known_tokens for one in alike],
-                max_tokens_per_pass=max_tokens_per_pass,
-            )
-            for parts in passes:
-                self.run_pass([(alike[part.request], part.last) for part in parts])
-            opened.update(zip(places, alike, strict=True))
-        return [opened[place].join() for place in range(len(requests))]
 
     def _keep(self, request: OpenRequest, entry: KeysValues) -> None:
         """Put what a pass computed of a prefix into the cache, and keep it for a later pass."""

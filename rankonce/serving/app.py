@@ -14,6 +14,7 @@ from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel
 
 from rankonce import __version__
+from rankonce.errors import EngineError
 from rankonce.ranker import Ranker
 from rankonce.serving.admission import (
     LOAD_ADAPTER_PATH,
@@ -130,7 +131,7 @@ def create_app(
         Admission, config=operations, lifecycle=lifecycle, metrics=metrics, tracing=tracing
     )
     answer_failures(app)
-    _add_operations(app, metrics, lifecycle)
+    _add_operations(app, metrics, lifecycle, models)
     _add_information(app, models)
     _add_scoring(app, models)
     _add_adapters(app, models)
@@ -164,18 +165,32 @@ async def _warm_up(models: Models, lifecycle: Lifecycle, operations: OperationsC
     lifecycle.finish_warm_up()
 
 
-def _add_operations(app: FastAPI, metrics: Metrics, lifecycle: Lifecycle) -> None:
+async def _find_phase(lifecycle: Lifecycle, models: Models) -> Phase:
+    """Look at the server and at the engines that compute its passes."""
+    if lifecycle.phase is not Phase.READY:
+        return lifecycle.phase
+    try:
+        checks = [one.ranker.scorer.check for one in models.engines]
+        await asyncio.gather(*(asyncio.to_thread(check) for check in checks))
+    except EngineError as error:
+        logger.warning("%s", error)
+        return Phase.ENGINE_DOWN
+    return Phase.READY
+
+
+def _add_operations(app: FastAPI, metrics: Metrics, lifecycle: Lifecycle, models: Models) -> None:
     @app.get("/ready", responses={503: {"model": Readiness, "description": "Not now."}})
     async def ready(response: Response) -> Readiness:
         """Say whether the server should get traffic."""
-        if lifecycle.phase is not Phase.READY:
+        phase = await _find_phase(lifecycle, models)
+        if phase is not Phase.READY:
             response.status_code = 503
-        return Readiness(status=lifecycle.phase)
+        return Readiness(status=phase)
 
     @app.get(METRICS_PATH, response_class=Response)
     async def read_metrics() -> Response:
         """Tell what the server did, for Prometheus."""
-        metrics.ready.set(lifecycle.phase is Phase.READY)
+        metrics.ready.set(await _find_phase(lifecycle, models) is Phase.READY)
         return Response(metrics.write(), media_type=CONTENT_TYPE)
 
 

@@ -1,13 +1,17 @@
-"""The one thread that runs the model, and those that read and write text.
+"""The thread that runs the model, and those that read and write text.
 
 While a pass runs, questions arrive; the next pass takes as many of them as fit, by the rules of
 ``turns``. How many may wait is bounded, and so is how long each of them may: what cannot be
 answered in its time is refused and not computed, and what nobody waits for any more is dropped.
+
+A model of this process runs one pass at a time. Another engine may take several, each with
+questions of its own.
 """
 
 import asyncio
 import logging
 import math
+import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +21,7 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import TypeVar
 
+from rankonce.errors import EngineError
 from rankonce.layout import TokenizedRequest
 from rankonce.model.scoring import RawScores
 from rankonce.ranker import Ranker
@@ -101,7 +106,8 @@ class Batcher:
     """Gives many questions their turn on a ranker, which is not safe to use from several threads.
 
     Args:
-        ranker: used by this batcher alone while it runs.
+        ranker: used by this batcher alone while it runs; its scorer says how many passes it takes
+            at one time.
         observations: told of stages, passes and refusals.
     """
 
@@ -119,22 +125,25 @@ class Batcher:
         self._num_open = 0
         self._came = asyncio.Event()
         self._speeds: deque[float] = deque(maxlen=_NUM_SPEEDS)
-        self._model_thread = ThreadPoolExecutor(1, "rankonce-model")
+        # Questions that take part in a pass now, and the lock under which they are chosen.
+        self._in_pass: set[Question] = set()
+        self._planning = threading.Lock()
+        self._model_threads = ThreadPoolExecutor(self._scorer.num_passes, "rankonce-model")
         self._text_threads = ThreadPoolExecutor(self.config.num_text_threads, "rankonce-text")
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Take questions inside this context."""
-        worker = asyncio.create_task(self._work())
+        workers = [asyncio.create_task(self._work()) for _ in range(self._scorer.num_passes)]
         try:
             yield
         finally:
-            worker.cancel()
-            with suppress(asyncio.CancelledError):
-                await worker
+            for worker in workers:
+                worker.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
             for waiting in self._waiting:
                 waiting.answer.cancel()
-            self._model_thread.shutdown()
+            self._model_threads.shutdown()
             self._text_threads.shutdown()
 
     @property
@@ -181,9 +190,9 @@ class Batcher:
     async def run_between_passes(
         self, function: Callable[..., Answer], *arguments: object
     ) -> Answer:
-        """Run what changes the model or its caches while no pass runs."""
+        """Run what changes the model or its caches while no pass of this process runs."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._model_thread, function, *arguments)
+        return await loop.run_in_executor(self._model_threads, function, *arguments)
 
     async def forward(
         self,
@@ -264,20 +273,20 @@ class Batcher:
         while True:
             await self._gather()
             self._refuse_hopeless()
-            by_question = {
-                waiting.question: waiting for waiting in self._waiting if not waiting.answer.done()
-            }
+            by_question = {waiting.question: waiting for waiting in self._free()}
             if not by_question:
                 continue
             try:
                 outcome = await loop.run_in_executor(
-                    self._model_thread, self._run, list(by_question)
+                    self._model_threads, self._run, list(by_question)
                 )
             except Exception as error:  # a bug; those who wait should hear of it
                 logger.exception("a pass could not be planned or read")
                 for waiting in by_question.values():
                     if not waiting.answer.done():
                         waiting.answer.set_exception(error)
+                continue
+            if outcome is None:
                 continue
             self._record(outcome)
             now = loop.time()
@@ -287,20 +296,24 @@ class Batcher:
                     question.started = now - outcome.seen.seconds
             for question, result in outcome.results.items():
                 self._answer(by_question[question], result, now)
+            # What was cut waits for its next turn, with whoever is idle.
+            self._in_pass -= {question for question, _ in outcome.turns}
+            self._came.set()
 
     async def _gather(self) -> None:
         """Return when there is something to compute, and nobody else to be waited for."""
         loop = asyncio.get_running_loop()
         while True:
-            live = [waiting for waiting in self._waiting if not waiting.answer.done()]
+            live = self._free()
             self._came.clear()
             timeout = None
             if live:
                 tokens = sum(waiting.question.left_tokens for waiting in live)
                 until = min(one.question.since for one in live) + self.config.max_wait_ms / 1000
                 timeout = until - loop.time()
+                num_coming = self._num_open - len(self._in_pass) - len(live)
                 is_full = tokens >= self._max_tokens or any(one.question.opened for one in live)
-                if timeout <= 0 or is_full or self._num_open <= len(live):
+                if timeout <= 0 or is_full or num_coming <= 0:
                     return
             with suppress(TimeoutError):
                 async with asyncio.timeout(timeout):
@@ -316,10 +329,31 @@ class Batcher:
             if deadline is not None and now + question.candidate_tokens / speed > deadline:
                 self._refuse_late(waiting)
 
-    def _run(self, questions: Sequence[Question]) -> _Outcome:
-        """Plan and run one pass; runs on the model's thread."""
+    def _free(self) -> list[_Waiting]:
+        """List what waits for a turn, and for an answer still."""
+        return [
+            waiting
+            for waiting in self._waiting
+            if not waiting.answer.done() and waiting.question not in self._in_pass
+        ]
+
+    def _run(self, questions: Sequence[Question]) -> _Outcome | None:
+        """Plan and run one pass on a model's thread, unless others took all questions meanwhile."""
         began = perf_counter()
-        turns = plan_turns(questions, self._scorer, max_tokens=self._max_tokens)
+        with self._planning:
+            free = [one for one in questions if one not in self._in_pass and not one.is_done]
+            if not free:
+                return None
+            turns = plan_turns(free, self._scorer, max_tokens=self._max_tokens)
+            taken = {question for question, _ in turns}
+            self._in_pass |= taken
+        try:
+            return self._run_planned(turns, began)
+        except Exception:
+            self._in_pass -= taken
+            raise
+
+    def _run_planned(self, turns: Sequence[tuple[Question, list[Turn]]], began: float) -> _Outcome:
         parts = [(request, request.num_done) for _, own in turns for request, _ in own]
         failed = self._run_turns(turns)
         results: dict[Question, list[RawScores] | Exception] = dict(failed)
@@ -336,14 +370,15 @@ class Batcher:
             seconds=perf_counter() - began,
             adapter=turns[0][0].adapter,
         )
-        return _Outcome(turns=turns, results=results, seen=seen, began=began)
+        return _Outcome(turns=list(turns), results=results, seen=seen, began=began)
 
     def _run_turns(self, turns: Sequence[tuple[Question, list[Turn]]]) -> dict[Question, Exception]:
         try:
             self._scorer.run_pass([turn for _, own in turns for turn in own])
         except Exception as error:  # whatever it is, it belongs to the question that caused it
-            if len(turns) == 1:
-                return {turns[0][0]: error}
+            if len(turns) == 1 or isinstance(error, EngineError):
+                # An engine that is away would be asked in vain for each of them.
+                return {question: error for question, _ in turns}
             # Not the message: it may quote what a member wrote.
             kind = type(error).__name__
             logger.warning("a pass of %d questions failed, each runs alone: %s", len(turns), kind)

@@ -15,6 +15,7 @@ from pydantic_core import from_json
 from starlette.exceptions import HTTPException
 
 from rankonce.errors import (
+    EngineError,
     NumericsError,
     PromptTooLongError,
     RankOnceError,
@@ -30,6 +31,8 @@ logger = logging.getLogger(__name__)
 _MAX_FAULTS = 5
 # Nobody reads it but logs; the number is nginx's.
 _CLIENT_GONE = 499
+# Seconds in which an engine may be back.
+_ENGINE_RETRY_S = "5"
 _FIELD = re.compile(r"([A-Za-z_][\w.\[\]]*): ")
 
 
@@ -272,6 +275,17 @@ async def _on_bad_request(request: Request, error: Exception) -> Response:
     return _answer(400, str(error), code="context_length_exceeded" if too_long else None)
 
 
+async def _on_engine_error(request: Request, error: Exception) -> Response:
+    # What it said names an address that is the operator's alone.
+    logger.error("%s", error)
+    return _answer(
+        503,
+        "the engine behind this server does not answer; its log says why",
+        code="engine_error",
+        headers={"Retry-After": _ENGINE_RETRY_S},
+    )
+
+
 async def _on_house_error(request: Request, error: Exception) -> Response:
     logger.error("%s: %s", type(error).__name__, error)
     code = "numerics_error" if isinstance(error, NumericsError) else None
@@ -283,5 +297,6 @@ _HANDLERS: dict[type[Exception], Callable[[Request, Exception], Awaitable[Respon
     RequestValidationError: _on_validation,
     RequestError: _on_bad_request,
     TaskError: _on_bad_request,
+    EngineError: _on_engine_error,
     RankOnceError: _on_house_error,
 }

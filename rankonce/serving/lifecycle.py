@@ -19,12 +19,14 @@ class Phase(StrEnum):
     Attributes:
         WARMING_UP: takes questions, but the first ones are slow.
         READY: should get traffic.
+        ENGINE_DOWN: would be ready, but the engine that computes its passes does not answer.
         DRAINING: was told to stop and finishes what runs.
         FAILED: cannot answer; its log says why.
     """
 
     WARMING_UP = "warming_up"
     READY = "ready"
+    ENGINE_DOWN = "engine_down"
     DRAINING = "draining"
     FAILED = "failed"
 

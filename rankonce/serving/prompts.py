@@ -10,7 +10,7 @@ from typing import cast
 from tokenizers import Tokenizer
 
 from rankonce.errors import LabelError, PromptTooLongError, RequestError
-from rankonce.model.loading import LoadedModel
+from rankonce.model.known import KnownModel
 from rankonce.prompts.encoding import TextEncoder
 from rankonce.prompts.seams import find_seam, has_seams
 from rankonce.serving.packing import EncodedPrompts
@@ -30,7 +30,7 @@ class PromptReader:
         encoder: finds the token of a label.
     """
 
-    def __init__(self, model: LoadedModel, encoder: TextEncoder) -> None:
+    def __init__(self, model: KnownModel, encoder: TextEncoder) -> None:
         # A copy: transformers sets truncation and padding on its own one, and threads share it.
         self._backend = Tokenizer.from_str(model.tokenizer.backend_tokenizer.to_str())
         self._backend.no_truncation()
@@ -39,7 +39,7 @@ class PromptReader:
         self._encoder = encoder
         self._before_ids = self._backend.encode(_BEFORE, add_special_tokens=False).ids
         self._before = self._decode(self._before_ids)
-        self.num_vocabulary = model.head.weight_VD.shape[0]
+        self.num_vocabulary = model.num_vocabulary
         self.max_prompt_tokens = model.max_prompt_tokens
 
     def encode_all(

@@ -15,7 +15,7 @@ from itertools import accumulate, compress, groupby
 import numpy as np
 
 from rankonce.layout import TokenizedRequest
-from rankonce.model.scoring import OpenRequest, RawScores, Scorer
+from rankonce.model.scoring import OpenRequest, PassScorer, RawScores
 
 # A short question fills at most this part of a pass, and this part is kept for long ones.
 _PART = 4
@@ -92,13 +92,13 @@ class Question:
         prefix = 0 if self.is_cut else len(request.prefix_ids) - (self._known or 0)
         return prefix + len(request.segment_ids[self._candidate])
 
-    def look_up(self, scorer: Scorer) -> None:
+    def look_up(self, scorer: PassScorer) -> None:
         """Ask the cache, once, what it knows of the next prefix."""
         if self._known is None and not self.is_cut:
             self._known = scorer.count_known(self._following())
 
     def take(
-        self, scorer: Scorer, room: int, *, at_least_one: bool = False
+        self, scorer: PassScorer, room: int, *, at_least_one: bool = False
     ) -> tuple[list[Turn], int]:
         """Take the candidates that fit into a number of tokens, in their order.
 
@@ -148,7 +148,7 @@ class Question:
 
 
 def plan_turns(
-    questions: Sequence[Question], scorer: Scorer, *, max_tokens: int
+    questions: Sequence[Question], scorer: PassScorer, *, max_tokens: int
 ) -> list[tuple[Question, list[Turn]]]:
     """Choose who takes part in the next pass, all of one adapter.
 
@@ -169,7 +169,7 @@ def plan_turns(
 class _Plan:
     """A pass that is being filled."""
 
-    def __init__(self, scorer: Scorer, max_tokens: int, *, num_cut: int) -> None:
+    def __init__(self, scorer: PassScorer, max_tokens: int, *, num_cut: int) -> None:
         self.turns: list[tuple[Question, list[Turn]]] = []
         self._scorer = scorer
         self._max_tokens = max_tokens

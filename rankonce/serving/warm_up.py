@@ -95,7 +95,9 @@ def choose_tasks(tasks: Mapping[str, Task], *, pinned: Sequence[str] = ()) -> li
     return [*own, *(task for task in kinds.values() if task not in own)]
 
 
-def rank_question(task: Task, *, model: str | None = None) -> RankBody:
+def rank_question(
+    task: Task, *, model: str | None = None, num_candidates: int = _NUM_CANDIDATES
+) -> RankBody:
     """Make a question for a task with every field filled in."""
     return RankBody(
         task=task.name,
@@ -104,7 +106,7 @@ def rank_question(task: Task, *, model: str | None = None) -> RankBody:
         profile=_fill(task.profile, 0),
         history=tuple(_events(task.history)) if task.history else (),
         candidates=tuple(
-            Item(fields=_fill(task.candidate, number)) for number in range(_NUM_CANDIDATES)
+            Item(fields=_fill(task.candidate, number)) for number in range(num_candidates)
         ),
     )
 

@@ -19,12 +19,12 @@ from rankonce.benchmarks.serve_arms import ARMS, Setup
 from rankonce.benchmarks.serve_load import JSON_HEADERS
 from rankonce.benchmarks.serve_models import load_offline_ranker
 from rankonce.benchmarks.serve_report import describe_serving, plot_serving
-from rankonce.benchmarks.serve_servers import ServerError, ServerProcess, free_port
 from rankonce.benchmarks.serve_transformers import create_transformers_app
 from rankonce.benchmarks.serve_workloads import BENCH_SCORE, MEMBER, LoadWriter
-from rankonce.errors import DataError
+from rankonce.errors import DataError, EngineError
 from rankonce.model.sizes import build_model
 from rankonce.ranker import EMBEDDED_MODEL, Ranker, RankerConfig
+from rankonce.serving.backends.processes import ServerProcess, free_port
 from tests.benchmarks.test_serve_load import running_app
 from tests.serving.conftest import serving
 
@@ -136,7 +136,7 @@ def test_a_server_that_ends_at_once_is_reported_with_its_log(tmp_path: Path) -> 
         port=free_port(),
         log=tmp_path / "log",
     )
-    with pytest.raises(ServerError, match="no such checkpoint"):
+    with pytest.raises(EngineError, match="no such checkpoint"):
         server.start(timeout_s=30)
     assert not server.is_running
 

@@ -87,12 +87,19 @@ class Scale:
     target_questions: float
 
 
-def check_ray_usage(ray: bool, options: Mapping[str, object]) -> None:
-    """Refuse options of ``--ray`` without it, and an address that is none.
+def check_ray_usage(ray: bool, options: Mapping[str, object], *, engine: str) -> None:
+    """Refuse options of ``--ray`` without it, an address that is none, and other engines.
 
     Args:
         options: values by name; ``None`` where an option is not given.
+        engine: what ``--engine`` says.
     """
+    if ray and engine != "native":
+        raise typer.BadParameter(
+            f"workers of --ray hold the model themselves; scale {engine} by its own means and give "
+            "its URL without --ray",
+            param_hint="--engine",
+        )
     for name, value in options.items():
         if value is not None and not ray:
             raise typer.BadParameter("goes with --ray", param_hint=name)
@@ -112,6 +119,8 @@ def read_scale(
     replicas: int | None,
     max_replicas: int | None,
     target_questions: float | None,
+    *,
+    engine: str,
 ) -> Scale | None:
     """Read how far ``rankonce serve`` scales, ``None`` without ``--ray``."""
     check_ray_usage(
@@ -122,6 +131,7 @@ def read_scale(
             "--max-replicas": max_replicas,
             "--target-questions": target_questions,
         },
+        engine=engine,
     )
     if not ray:
         return None

@@ -57,6 +57,10 @@ def _own_process() -> Iterator[None]:
         (("--ray", "--out", "new", "--rejects", "r"), "--rejects: does not go with --ray"),
         (("--ray", "--out", "new", "--ray-address", "ray://a:1"), "--ray-address: should be HOST"),
         (("--ray", "--out", "new", "--ray-address", "head"), "--ray-address: should be HOST"),
+        (
+            ("--ray", "--out", "new", "--engine", "vllm"),
+            "--engine: workers of --ray hold the model",
+        ),
     ],
 )
 def test_what_score_cannot_do_with_or_without_ray_is_bad_usage(
@@ -87,6 +91,7 @@ def test_ray_does_not_read_stdin(run: Command, tmp_path: Path) -> None:
         (("--ray", "--header-timeout", "10"), "--header-timeout: does not go with --ray"),
         (("--ray", "--write-timeout", "30"), "--write-timeout: does not go with --ray"),
         (("--ray", "--drain-delay", "1"), "--drain-delay: does not go with --ray"),
+        (("--ray", "--engine", "vllm"), "--engine: workers of --ray hold the model themselves"),
     ],
 )
 def test_what_serve_cannot_do_with_or_without_ray_is_bad_usage(

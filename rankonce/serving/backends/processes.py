@@ -10,17 +10,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
-import psutil
 
-from rankonce.errors import RankOnceError
+from rankonce.errors import EngineError
 
 _POLL_S = 0.2
 _STOP_S = 20.0
 _LOG_LINES = 15
-
-
-class ServerError(RankOnceError):
-    """A server that did not start, or ended by itself."""
 
 
 class ServerProcess:
@@ -64,7 +59,7 @@ class ServerProcess:
         """Start it and wait until it takes questions.
 
         Raises:
-            ServerError: it ended, or did not answer in time; holds the end of its log.
+            EngineError: it ended, or did not answer in time; holds the end of its log.
         """
         self.launch()
         end = time.monotonic() + timeout_s
@@ -72,7 +67,7 @@ class ServerProcess:
             if not self.is_running or time.monotonic() > end:
                 fate = "did not answer" if self.is_running else "ended before it answered"
                 self.kill()
-                raise ServerError(f"{' '.join(self.command[:4])} … {fate}:\n{self.log_tail()}")
+                raise EngineError(f"{' '.join(self.command[:4])} … {fate}:\n{self.log_tail()}")
             time.sleep(_POLL_S)
 
     def launch(self) -> None:
@@ -98,6 +93,8 @@ class ServerProcess:
     def memory_mb(self) -> float:
         """Resident memory of the process and its children, MB; pages that they share count once
         a process."""
+        import psutil
+
         total = 0
         with suppress(psutil.NoSuchProcess):
             parent = psutil.Process(self.pid)
