@@ -1,16 +1,17 @@
-"""The same requests through one engine after the other, in one run.
+"""The same requests through several engines, in one run.
 
-Every request is another member, so that nothing of it is in a cache. Each is timed alone, from its
-tokens to its scores; then as many more are asked for together. Scores are compared with those of
-the first engine.
+All engines are open, and take turns request by request, so that a machine that is busier for a
+while is so for all of them. Every request is another member, so that nothing of it is in a cache.
+Each is timed alone, from its tokens to its scores; then as many more are asked for together. Scores
+are compared with those of the first engine.
 """
 
 import os
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -22,7 +23,7 @@ from rankonce.benchmarks.serve_arms import Setup
 from rankonce.benchmarks.serve_models import shared_checkpoint
 from rankonce.benchmarks.serve_workloads import MEMBER, LoadWorkload, LoadWriter
 from rankonce.errors import DataError
-from rankonce.layout import TokenizedRequest
+from rankonce.model.scoring import RawScores
 from rankonce.ranker import Ranker, RankerConfig
 from rankonce.serving.backends.opening import EngineOptions, open_ranker
 
@@ -53,6 +54,49 @@ class EngineBenchmark:
     output: Path = Path("results/engines.json")
 
 
+@dataclass(kw_only=True)
+class _Arm:
+    """An engine and what it did.
+
+    Attributes:
+        raws: of the requests alone, then of those together.
+    """
+
+    name: str
+    version: str = ""
+    ranker: Ranker = field(init=False)
+    times_ms: list[float] = field(default_factory=list)
+    together_s: float = 0.0
+    raws: list[RawScores] = field(default_factory=list)
+
+    def describe(self, first: "_Arm", options: EngineBenchmark) -> dict[str, Any]:
+        """Sum it up, and compare the scores.
+
+        Raises:
+            DataError: they are not those of the first engine.
+        """
+        pairs = zip(self.raws, first.raws, strict=True)
+        difference = max(float((a.labels_CL - b.labels_CL).abs().max()) for a, b in pairs)
+        if difference > _TOLERANCE:
+            raise DataError(
+                f"{self.name}: scores differ from the first engine's by {difference:.2g}"
+            )
+        alone = self.raws[: options.num_requests]
+        candidates = options.num_requests * options.workload.num_candidates
+        return {
+            "engine": self.name,
+            "version": self.version,
+            "greatest_difference": difference,
+            "candidates_per_s": candidates / sum(self.times_ms) * 1e3,
+            "together_candidates_per_s": candidates / self.together_s,
+            "median_ms": statistics.median(self.times_ms),
+            "slowest_ms": max(self.times_ms),
+            "times_ms": self.times_ms,
+            "computed_tokens": statistics.mean(raw.computed_tokens for raw in alone),
+            "cached_tokens": statistics.mean(raw.cached_tokens for raw in alone),
+        }
+
+
 def measure_engines(options: EngineBenchmark) -> dict[str, Any]:
     """Measure every engine and write the record.
 
@@ -60,37 +104,24 @@ def measure_engines(options: EngineBenchmark) -> dict[str, Any]:
         RankOnceError: an engine cannot be used, or gives other scores than the first.
     """
     torch.set_num_threads(options.threads)
-    arms: list[dict[str, Any]] = []
-    loads: list[float] = []
-    expected: list[torch.Tensor] | None = None
-    with shared_checkpoint(options.model, size=options.size, seed=options.seed) as model:
+    with (
+        shared_checkpoint(options.model, size=options.size, seed=options.seed) as model,
+        ExitStack() as stack,
+    ):
+        arms = []
         for engine in options.engines:
-            name = NATIVE if engine is None else engine.engine
-            print(f"{name}: starts", file=sys.stderr)
-            loads.append(os.getloadavg()[0])
-            with _opened(engine, model) as ranker:
-                arm, scores = _measure(ranker, options)
-            expected = expected or scores
-            difference = max(
-                float((one - other).abs().max())
-                for one, other in zip(scores, expected, strict=True)
-            )
-            if difference > _TOLERANCE:
-                raise DataError(
-                    f"{name}: scores differ from the first engine's by {difference:.2g}"
-                )
-            arms.append(
-                {
-                    "engine": name,
-                    "version": _version(engine, options),
-                    "greatest_difference": difference,
-                    **arm,
-                }
-            )
+            arm = _Arm(name=NATIVE if engine is None else engine.engine)
+            print(f"{arm.name}: starts", file=sys.stderr)
+            arm.version = _version(engine, options)
+            arm.ranker = stack.enter_context(_opened(engine, model))
+            arms.append(arm)
+        load = os.getloadavg()[0]
+        _measure(arms, options)
+    engines = [arm.describe(arms[0], options) for arm in arms]
     record = {
         "environment": describe_machine(),
-        # Above the cores, others worked beside the engines.
-        "load_averages": loads,
+        # More than the threads of one engine: others worked beside them.
+        "load_average": load,
         "settings": {
             "model": options.size or options.model.name,
             "workload": str(options.workload),
@@ -98,7 +129,7 @@ def measure_engines(options: EngineBenchmark) -> dict[str, Any]:
             "threads": options.threads,
             "seed": options.seed,
         },
-        "engines": arms,
+        "engines": engines,
     }
     write_record(options.output, record)
     return record
@@ -135,39 +166,27 @@ def _opened(engine: EngineOptions | None, model: Path) -> Iterator[Ranker]:
         yield ranker
 
 
-def _measure(ranker: Ranker, options: EngineBenchmark) -> tuple[dict[str, Any], list[torch.Tensor]]:
-    writer = LoadWriter(ranker, options.workload, seed=options.seed)
-    count = options.num_requests
-    requests = [writer.write(number).tokens for number in range(1 + 2 * count)]
-    # The first one warms up.
-    _score(ranker, requests[:1])
-    times, scores, computed, cached = [], [], [], []
-    for request in requests[1 : 1 + count]:
+def _measure(arms: Sequence["_Arm"], options: EngineBenchmark) -> None:
+    writer = LoadWriter(arms[0].ranker, options.workload, seed=options.seed)
+    requests = [writer.write(number).tokens for number in range(1 + 2 * options.num_requests)]
+    first, alone, together = (
+        requests[0],
+        requests[1 : 1 + options.num_requests],
+        requests[1 + options.num_requests :],
+    )
+    for arm in arms:  # the first request warms up
+        arm.ranker.forward([first])
+    for number, request in enumerate(alone):
+        # Whoever comes first may find the machine in another state.
+        for arm in arms if number % 2 == 0 else arms[::-1]:
+            began = perf_counter()
+            raws = arm.ranker.forward([request])
+            arm.times_ms.append((perf_counter() - began) * 1e3)
+            arm.raws += raws
+    for arm in arms:
         began = perf_counter()
-        (raw,) = ranker.forward([request])
-        times.append((perf_counter() - began) * 1e3)
-        scores.append(raw.labels_CL)
-        computed.append(raw.computed_tokens)
-        cached.append(raw.cached_tokens)
-    began = perf_counter()
-    scores += _score(ranker, requests[1 + count :])
-    together_s = perf_counter() - began
-    candidates = count * options.workload.num_candidates
-    arm = {
-        "candidates_per_s": candidates / sum(times) * 1e3,
-        "together_candidates_per_s": candidates / together_s,
-        "median_ms": statistics.median(times),
-        "slowest_ms": max(times),
-        "times_ms": times,
-        "computed_tokens": statistics.mean(computed),
-        "cached_tokens": statistics.mean(cached),
-        "separate_tokens": requests[1].separate_tokens,
-    }
-    return arm, scores
-
-
-def _score(ranker: Ranker, requests: Sequence[TokenizedRequest]) -> list[torch.Tensor]:
-    return [raw.labels_CL for raw in ranker.forward(requests)]
+        arm.raws += arm.ranker.forward(together)
+        arm.together_s = perf_counter() - began
 
 
 def _version(engine: EngineOptions | None, options: EngineBenchmark) -> str:
