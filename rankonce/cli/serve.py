@@ -7,10 +7,9 @@ import signal
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from enum import StrEnum
 from pathlib import Path
 from socket import socket
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -43,6 +42,41 @@ from rankonce.cli.options import (
     read_adapters,
     read_engine,
 )
+from rankonce.cli.serve_options import (
+    AllowAdapterLoadingOption,
+    ApiKeysOption,
+    BatchLinesInFlightOption,
+    BodyTimeoutOption,
+    DataDirOption,
+    DrainDelayOption,
+    DrainTimeoutOption,
+    HeaderTimeoutOption,
+    HostOption,
+    LogBodiesOption,
+    LogFormat,
+    LogFormatOption,
+    MaxBatchLinesOption,
+    MaxBodyMbOption,
+    MaxCandidatesOption,
+    MaxFileMbOption,
+    MaxOpenBodyMbOption,
+    MaxQuestionsOption,
+    MaxQueueSOption,
+    MaxWaitMsOption,
+    ModelsOption,
+    OpenMetricsOption,
+    OtlpEndpointOption,
+    PinTaskOption,
+    PortOption,
+    PrintEngineCommandOption,
+    RequestsPerMinuteOption,
+    ResultCachePairsOption,
+    ServedModelNameOption,
+    TextThreadsOption,
+    TokensPerMinuteOption,
+    WarmUpOption,
+    WriteTimeoutOption,
+)
 from rankonce.errors import MissingDependencyError
 
 if TYPE_CHECKING:
@@ -54,61 +88,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class LogFormat(StrEnum):
-    """``rankonce.serving.logs.LogFormat``, which imports what an extra brings."""
-
-    TEXT = "text"
-    JSON = "json"
-
-
 def serve(
     context: typer.Context,
-    host: Annotated[
-        str, typer.Option("--host", help="Address to listen on; see --api-keys for others.")
-    ] = "127.0.0.1",
-    port: Annotated[
-        int, typer.Option("--port", min=0, max=65_535, help="0 takes a free one.")
-    ] = 8000,
-    served_model_name: Annotated[
-        str | None,
-        typer.Option(
-            "--served-model-name",
-            help="What clients call the model.",
-            show_default="the checkpoint's name",
-        ),
-    ] = None,
-    data_dir: Annotated[
-        Path | None,
-        typer.Option(
-            "--data-dir",
-            help="Folder for files and batches; without it there are none.",
-            file_okay=False,
-        ),
-    ] = None,
-    max_batch_lines: Annotated[
-        int, typer.Option("--max-batch-lines", min=1, help="Lines of one batch.")
-    ] = 50_000,
-    max_file_mb: Annotated[
-        int, typer.Option("--max-file-mb", min=1, help="Size of an uploaded file.")
-    ] = 200,
-    batch_lines_in_flight: Annotated[
-        int,
-        typer.Option(
-            "--batch-lines-in-flight",
-            min=1,
-            help="Lines of batches that wait for the model at one time, beside live questions.",
-        ),
-    ] = 8,
-    model: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--model",
-            metavar="FOLDER|ID or NAME=FOLDER|ID",
-            help="Folder in Hugging Face form, or id of a repository on the hub; several with "
-            "names, of which requests choose one by the field model.",
-            show_default="the embedded movie ranker",
-        ),
-    ] = None,
+    host: HostOption = "127.0.0.1",
+    port: PortOption = 8000,
+    served_model_name: ServedModelNameOption = None,
+    data_dir: DataDirOption = None,
+    max_batch_lines: MaxBatchLinesOption = 50_000,
+    max_file_mb: MaxFileMbOption = 200,
+    batch_lines_in_flight: BatchLinesInFlightOption = 8,
+    model: ModelsOption = None,
     task_file: TaskFileOption = None,
     device: DeviceOption = None,
     precision: PrecisionOption = None,
@@ -118,135 +107,36 @@ def serve(
     trust_remote_code: TrustRemoteCodeOption = False,
     chat: ChatOption = None,
     adapter: AdapterOption = None,
-    allow_adapter_loading: Annotated[
-        bool,
-        typer.Option(
-            "--allow-adapter-loading",
-            help="Let clients load adapters from any folder here, and unload them.",
-        ),
-    ] = False,
+    allow_adapter_loading: AllowAdapterLoadingOption = False,
     engine: EngineOption = Engine.NATIVE,
     engine_url: EngineUrlOption = None,
     engine_python: EnginePythonOption = None,
     engine_model: EngineModelOption = None,
     engine_args: EngineArgsOption = None,
     engine_api_key: EngineKeyOption = None,
-    print_engine_command: Annotated[
-        bool,
-        typer.Option(
-            "--print-engine-command",
-            help="Print the command that starts the engine's server, and end.",
-        ),
-    ] = False,
-    max_wait_ms: Annotated[
-        float,
-        typer.Option(min=0, help="How long a pass waits for questions that are being read."),
-    ] = 5.0,
-    max_questions: Annotated[
-        int, typer.Option(min=1, help="Questions under way; more are refused with 429.")
-    ] = 1024,
-    max_queue_s: Annotated[
-        float,
-        typer.Option(min=0.1, help="Work before a question that may wait; more is a 429."),
-    ] = 30.0,
-    text_threads: Annotated[
-        int, typer.Option(min=1, help="Threads that tokenise and write answers.")
-    ] = 2,
-    result_cache_pairs: Annotated[
-        int,
-        typer.Option(min=0, help="Keep the scores of so many pairs of prefix and candidate."),
-    ] = 0,
-    pin_task: Annotated[
-        list[str] | None,
-        typer.Option(metavar="TASK", help="Read its instruction at the start; may be repeated."),
-    ] = None,
-    max_candidates: Annotated[
-        int,
-        typer.Option(
-            "--max-candidates", min=1, help="Candidates, documents, items or prompts a question."
-        ),
-    ] = 10_000,
-    max_body_mb: Annotated[
-        int, typer.Option("--max-body-mb", min=1, help="Size of a question.")
-    ] = 32,
-    max_open_body_mb: Annotated[
-        int,
-        typer.Option("--max-open-body-mb", min=1, help="Size of all questions held at one time."),
-    ] = 512,
-    header_timeout: Annotated[
-        float,
-        typer.Option("--header-timeout", min=0.1, help="Seconds for the head of a question."),
-    ] = 10,
-    body_timeout: Annotated[
-        float,
-        typer.Option(
-            "--body-timeout", min=0.1, help="Seconds for its body, and one more every 100 kB."
-        ),
-    ] = 30,
-    write_timeout: Annotated[
-        float,
-        typer.Option("--write-timeout", min=0.1, help="Seconds that an answer may lie unread."),
-    ] = 30,
-    api_keys: Annotated[
-        Path | None,
-        typer.Option(
-            "--api-keys",
-            exists=True,
-            dir_okay=False,
-            help="File of API keys, a line name:key or name:sha256:DIGEST each.",
-            show_default="everybody may ask",
-        ),
-    ] = None,
-    requests_per_minute: Annotated[
-        int | None,
-        typer.Option(
-            "--requests-per-minute",
-            min=1,
-            help="Of each key whose line says nothing else.",
-            show_default="any number",
-        ),
-    ] = None,
-    tokens_per_minute: Annotated[
-        int | None,
-        typer.Option(
-            "--tokens-per-minute",
-            min=1,
-            help="Prompt tokens of each key whose line says nothing else.",
-            show_default="any number",
-        ),
-    ] = None,
-    open_metrics: Annotated[
-        bool, typer.Option("--open-metrics", help="Let everybody read /metrics despite keys.")
-    ] = False,
-    log_format: Annotated[
-        LogFormat, typer.Option("--log-format", help="Of the log on stderr.")
-    ] = LogFormat.TEXT,
-    log_bodies: Annotated[
-        bool, typer.Option("--log-bodies", help="Log what members wrote: questions, crashes.")
-    ] = False,
-    otlp_endpoint: Annotated[
-        str | None,
-        typer.Option(
-            "--otlp-endpoint",
-            metavar="URL",
-            help="OpenTelemetry collector for traces, such as http://localhost:4318.",
-            show_default="no traces",
-        ),
-    ] = None,
-    warm_up: Annotated[
-        bool,
-        typer.Option("--warm-up/--cold", help="Ask a question of every kind before /ready."),
-    ] = True,
-    drain_delay: Annotated[
-        float,
-        typer.Option(
-            "--drain-delay", min=0, help="Seconds to go on accepting, unready, after SIGTERM."
-        ),
-    ] = 0,
-    drain_timeout: Annotated[
-        float,
-        typer.Option("--drain-timeout", min=1, help="Seconds that running questions get then."),
-    ] = 30,
+    print_engine_command: PrintEngineCommandOption = False,
+    max_wait_ms: MaxWaitMsOption = 5.0,
+    max_questions: MaxQuestionsOption = 1024,
+    max_queue_s: MaxQueueSOption = 30.0,
+    text_threads: TextThreadsOption = 2,
+    result_cache_pairs: ResultCachePairsOption = 0,
+    pin_task: PinTaskOption = None,
+    max_candidates: MaxCandidatesOption = 10_000,
+    max_body_mb: MaxBodyMbOption = 32,
+    max_open_body_mb: MaxOpenBodyMbOption = 512,
+    header_timeout: HeaderTimeoutOption = 10,
+    body_timeout: BodyTimeoutOption = 30,
+    write_timeout: WriteTimeoutOption = 30,
+    api_keys: ApiKeysOption = None,
+    requests_per_minute: RequestsPerMinuteOption = None,
+    tokens_per_minute: TokensPerMinuteOption = None,
+    open_metrics: OpenMetricsOption = False,
+    log_format: LogFormatOption = LogFormat.TEXT,
+    log_bodies: LogBodiesOption = False,
+    otlp_endpoint: OtlpEndpointOption = None,
+    warm_up: WarmUpOption = True,
+    drain_delay: DrainDelayOption = 0,
+    drain_timeout: DrainTimeoutOption = 30,
     ray: RayOption = False,
     ray_address: RayAddressOption = None,
     replicas: ReplicasOption = None,

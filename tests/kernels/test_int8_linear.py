@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from rankonce.errors import ShapeError
+from rankonce.kernels import int8_linear as layers
 from rankonce.kernels.int8_linear import Int8Linear, int8_linear, quantize_int8_rows
 from rankonce.kernels.int8_linear.cpu import (
     REDUCED_MAX,
@@ -29,6 +30,14 @@ def test_products_of_this_processor_are_exact(T: int, D: int, N: int) -> None:
         assert torch.equal(int8_product_vnni(values_TD, weight_ND).long(), exact_TN)
 
 
+@pytest.fixture(params=["this processor's", "reduced", "reference"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the path of this processor, and those of others, which it computes as well."""
+    if request.param in ("reduced", "reference"):
+        monkeypatch.setattr(layers, "cpu_path", lambda: request.param)
+
+
+@pytest.mark.usefixtures("path")
 def test_a_row_does_not_depend_on_its_neighbours() -> None:
     x_TD = torch.randn(63, 48) * torch.logspace(-3, 3, 63)[:, None]
     layer = Int8Linear.from_linear(torch.nn.Linear(48, 35))
@@ -38,6 +47,7 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
     assert torch.equal(together_TN, alone_TN)
 
 
+@pytest.mark.usefixtures("path")
 def test_the_product_is_near_that_of_the_float_layer() -> None:
     linear = torch.nn.Linear(130, 35)
     x_TD = torch.randn(17, 130)
@@ -46,6 +56,7 @@ def test_the_product_is_near_that_of_the_float_layer() -> None:
         assert error_TN.abs().max() < 0.03 * linear(x_TD).abs().max()
 
 
+@pytest.mark.usefixtures("path")
 def test_zero_rows_give_the_bias_and_broken_rows_stay_broken() -> None:
     linear = torch.nn.Linear(48, 35)
     x_TD = torch.zeros(2, 48)

@@ -74,7 +74,9 @@ def int8_linear(
     if path == "vnni":
         product_TN = int8_product_vnni(values_TD, weight_ND)
     elif path == "reduced":
-        product_TN = int8_product_reduced(values_TD, packed or pack_reduced(weight_ND))
+        # Not "packed or": the truth of a ScriptObject asks for a length that it does not have.
+        packed = pack_reduced(weight_ND) if packed is None else packed
+        product_TN = int8_product_reduced(values_TD, packed)
     else:
         product_TN = int8_product_reference(values_TD, weight_ND)
     out_TN = product_TN * scale_T[:, None]
