@@ -204,8 +204,13 @@ def test_a_worker_out_of_memory_is_told_and_finished_shards_are_kept(
 
 
 def test_a_shard_that_kills_every_worker_is_named(
-    cluster: Any, requests: Path, model: Path, tmp_path: Path
+    cluster: Any, model: Path, tmp_path: Path
 ) -> None:
+    # The last shard takes seconds, so that none is finished before the kill comes.
+    path, long = tmp_path / "in.jsonl", tmp_path / "long.jsonl"
+    write_requests(path, 3 * SHARD_ROWS)
+    write_requests(long, SHARD_ROWS, num_candidates=150)
+    path.write_text(path.read_text() + long.read_text())
     out, killed = tmp_path / "out", set[int]()
 
     def kill() -> bool:
@@ -218,7 +223,7 @@ def test_a_shard_that_kills_every_worker_is_named(
         return len(killed) == 3
 
     options = ("--workers", "1")
-    with running(*score_command(cluster, requests, out, model, *options)) as command:
+    with running(*score_command(cluster, path, out, model, *options)) as command:
         command.wait_for(kill, seconds=400)
         assert command.finish() == 1, command.log
     message = command.lines[-1]
