@@ -131,6 +131,11 @@ class OverVocabulary(torch.autograd.Function):
             weight_ND = weight_VD[part]
             bias_N = None if bias_V is None else bias_V[part]
             logits_CN = logits_of(hidden_CD, weight_ND, bias_N, softcap)
+            if logits_CN.shape[1] == len(weight_VD):
+                # The forward's own products round otherwise. With the sum of the very logits that
+                # are exponentiated here, most of a likely token's error cancels; over several
+                # slices that would take their products twice.
+                lse_C = logits_CN.logsumexp(dim=1)
             grad_CN = (logits_CN - lse_C[:, None]).exp_().mul_(-mass_C1)
             for form, token_id in enumerate(forms.ids):
                 if part.start <= token_id < part.stop:
