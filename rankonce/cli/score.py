@@ -109,6 +109,21 @@ def score(
         {"--ray-address": ray_address, "--workers": workers, "--shard-rows": shard_rows},
         engine=engine.value,
     )
+    other_engine = read_engine(
+        engine,
+        url=engine_url,
+        python=engine_python,
+        model=engine_model,
+        args=engine_args,
+        api_key=engine_api_key,
+        precision=precision,
+        unused={
+            "--device": device,
+            "--keep": keep,
+            "--prefix-cache-mb": prefix_cache_mb,
+            "--adapter": adapter,
+        },
+    )
     loading: dict[str, Any] = {
         "model": model,
         "task_files": task_file,
@@ -142,21 +157,6 @@ def score(
     if rejects is None and out is not None:
         rejects = out.with_name(out.name + ".rejects.jsonl")
     _check_usage(requests, out, rejects, resume)
-    other_engine = read_engine(
-        engine,
-        url=engine_url,
-        python=engine_python,
-        model=engine_model,
-        args=engine_args,
-        api_key=engine_api_key,
-        precision=precision,
-        unused={
-            "--device": device,
-            "--keep": keep,
-            "--prefix-cache-mb": prefix_cache_mb,
-            "--adapter": adapter,
-        },
-    )
     if other_engine is not None:
         end_in_order()
     with open_ranker(other_engine, **loading) as ranker:
