@@ -41,12 +41,16 @@ def simulate(
         Labels,
         typer.Option(help="Drawn from the truth, the truth's own probabilities, or none (null)."),
     ] = Labels.drawn,
+    history: Annotated[
+        int | None,
+        typer.Option(min=0, help="Newest events that are kept.", show_default="all"),
+    ] = None,
 ) -> None:
     """Write requests of a simulated platform, in the order of time; always the same ones.
 
     rankonce simulate song-newcomer --requests 20000 --part train --out train.jsonl
     """
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
     from rich.console import Console
     from rich.progress import Progress
@@ -75,7 +79,11 @@ def simulate(
                 known_labels = one.truth
             elif labels is Labels.none:
                 known_labels = [None] * len(one.truth)
-            record = {**asdict(one.example.request), "labels": known_labels}
+            request = one.example.request
+            if history is not None:
+                events = request.history
+                request = replace(request, history=events[max(0, len(events) - history) :])
+            record = {**asdict(request), "labels": known_labels}
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
             written += 1
     unfinished.replace(out)

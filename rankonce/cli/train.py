@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @takes_adapter
 def train(
-    recipe: Annotated[str, typer.Argument(help="ml1m, ml1m-alone or ml-small.")],
+    recipe: Annotated[str, typer.Argument(help="ml1m, ml1m-alone, ml-small or multitask.")],
     data: Annotated[Path, typer.Option(exists=True, help="Folder of the dataset.")],
     out: RunFolderOption,
     model: StartModelOption = None,

@@ -241,7 +241,8 @@ def mix_tasks(
     """Draw as many examples again, each task in proportion to its number to the power 1/T.
 
     At 1 every example comes once; above, small tasks come more often (Raffel et al. 2020, 3.5.2).
-    A task's examples are drawn in a random order and anew when all have come.
+    A task's examples are drawn in a random order and anew when all have come. Several tasks come
+    in a random order, so that the first examples, of which a tokenizer is made, are of all.
 
     Raises:
         DataError: the temperature is below 1.
@@ -251,19 +252,24 @@ def mix_tasks(
     by_task: dict[str, list[TrainingExample]] = {}
     for example in examples:
         by_task.setdefault(example.request.task, []).append(example)
-    if temperature == 1 or len(by_task) == 1:
+    if len(by_task) == 1:
         return list(examples)
     weights = np.array([len(part) for part in by_task.values()], dtype=np.float64)
     shares = weights ** (1 / temperature)
-    counts = np.floor(shares / shares.sum() * len(examples)).astype(np.int64)
+    # At 1 these are the tasks' own numbers, whatever the sum of their shares was rounded to.
+    counts = np.floor(shares / shares.sum() * len(examples) + 1e-6).astype(np.int64)
     random = np.random.default_rng(seed)
-    drawn: list[TrainingExample] = []
-    for part, count in zip(by_task.values(), counts.tolist(), strict=True):
-        while count > 0:
-            order = random.permutation(len(part))[:count].tolist()
-            drawn += [part[index] for index in order]
-            count -= len(order)
-    return drawn
+    parts = [_draw_anew(part, random) for part in by_task.values()]
+    turns = random.permutation(np.repeat(np.arange(len(parts)), counts))
+    return [next(parts[turn]) for turn in turns.tolist()]
+
+
+def _draw_anew(
+    examples: Sequence[TrainingExample], random: np.random.Generator
+) -> Iterator[TrainingExample]:
+    while True:
+        for place in random.permutation(len(examples)).tolist():
+            yield examples[place]
 
 
 def pack_examples(

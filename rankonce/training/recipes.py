@@ -15,6 +15,7 @@ from rankonce.training.adapters import AdapterConfig
 from rankonce.training.catalogue import catalogue_source, make_catalogue
 from rankonce.training.loop import TrainConfig
 from rankonce.training.ml1m import load_catalogue, load_ml1m
+from rankonce.training.multitask import load_film_texts, load_multitask
 from rankonce.training.runs import Evaluate, run_stages
 from rankonce.training.stages import Stage, StageSource, Tasks, fingerprint_files, label_source
 from rankonce.training.teacher import hide_members
@@ -170,10 +171,39 @@ def ml_small() -> Recipe:
     ).with_seed(1)
 
 
+def multitask() -> Recipe:
+    """One ranker for over thirty tasks: films of MovieLens latest-small, four simulated platforms.
+
+    First it reads films and histories as texts, then it learns the tasks of all domains together.
+    """
+    return Recipe(
+        name="multitask",
+        description="over thirty tasks of five domains; MovieLens latest-small and simulators",
+        stages=(
+            Stage(
+                name="pretrain",
+                load=load_film_texts,
+                config=TrainConfig(
+                    epochs=2, targets_per_step=8192, learning_rate=2e-3, averaging=0.98
+                ),
+            ),
+            Stage(
+                name="finetune",
+                load=load_multitask,
+                config=TrainConfig(
+                    epochs=1, targets_per_step=64, learning_rate=2e-3, averaging=0.99
+                ),
+            ),
+        ),
+        size="1m",
+    ).with_seed(1)
+
+
 RECIPES: Mapping[str, Callable[[], Recipe]] = {
     "ml1m": ml1m,
     "ml1m-alone": ml1m_alone,
     "ml-small": ml_small,
+    "multitask": multitask,
 }
 
 

@@ -53,6 +53,20 @@ def test_simulated_requests_are_cut_by_time_and_always_the_same(
     assert truth.mean() == pytest.approx(drawn.mean(), abs=4 * 0.5 / drawn.size**0.5)
 
 
+def test_the_newest_events_of_a_history_are_kept(run: Command, tmp_path: Path) -> None:
+    def histories(*arguments: object) -> list[list[object]]:
+        given = ("simulate", "song-next", "--requests", 40, "--out", tmp_path / "songs.jsonl")
+        done = run(*given, *arguments)
+        assert done.exit_code == 0, done.err
+        rows = map(json.loads, (tmp_path / "songs.jsonl").read_text().splitlines())
+        return [row["history"] for row in rows]
+
+    whole = histories()
+    assert max(map(len, whole)) > 3
+    assert histories("--history", 3) == [events[-3:] for events in whole]
+    assert histories("--history", 0) == [[] for _ in whole]
+
+
 def test_a_task_without_a_simulator_is_refused(run: Command, tmp_path: Path) -> None:
     done = run("simulate", "movie-like", "--out", tmp_path / "x")
     assert done.exit_code == 1

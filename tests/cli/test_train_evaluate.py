@@ -171,7 +171,7 @@ def test_an_unknown_recipe_is_named(run: Command, data: Path, tmp_path: Path) ->
     done = run("train", "ml2m", "--data", data, "--out", tmp_path / "x")
     assert (done.exit_code, done.err) == (
         1,
-        "error: recipe: should be one of ml1m, ml1m-alone, ml-small, is 'ml2m'\n",
+        "error: recipe: should be one of ml1m, ml1m-alone, ml-small, multitask, is 'ml2m'\n",
     )
 
 
