@@ -184,18 +184,18 @@ def multitask() -> Recipe:
                 name="pretrain",
                 load=load_film_texts,
                 config=TrainConfig(
-                    epochs=2, targets_per_step=8192, learning_rate=2e-3, averaging=0.98
+                    epochs=1, targets_per_step=8192, learning_rate=1.5e-3, averaging=0.98
                 ),
             ),
             Stage(
                 name="finetune",
                 load=load_multitask,
                 config=TrainConfig(
-                    epochs=1, targets_per_step=64, learning_rate=2e-3, averaging=0.99
+                    epochs=1, targets_per_step=64, learning_rate=1.5e-3, averaging=0.99
                 ),
             ),
         ),
-        size="1m",
+        size="0.4m",
     ).with_seed(1)
 
 
