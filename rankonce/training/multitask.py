@@ -1,8 +1,8 @@
 """One ranker for the tasks of all domains: what the recipe ``multitask`` reads.
 
 The films' requests come from MovieLens latest-small, all others from the simulated platforms.
-Nothing from later than the cut is learnt: of the films the newest 15 % of the time in which ratings
-were given, on the simulated platforms their valid and test parts.
+No request from later than the cut is learnt: of the films the newest 15 % of the ratings are held
+out, on the simulated platforms their valid and test parts.
 """
 
 import hashlib
@@ -46,6 +46,7 @@ def load_film_texts(folder: Path, config: TrainConfig, tasks: Tasks) -> StageSou
 
 def load_multitask(folder: Path, config: TrainConfig, tasks: Tasks) -> StageSource:
     """Read the requests of all tasks but those of ``UNSEEN_TASKS``."""
+    files = fingerprint_files(folder / name for name in _FILES)
     cut = film_cut(folder)
     platforms = {domain.name: build_platform(domain) for domain in SIMULATED}
     rows: list[TrainingExample] = []
@@ -72,7 +73,7 @@ def load_multitask(folder: Path, config: TrainConfig, tasks: Tasks) -> StageSour
         tasks=tasks,
         valid=valid,
         fingerprint={
-            **fingerprint_files(folder / name for name in _FILES),
+            **files,
             "requests": hashlib.sha256(repr(rows).encode()).hexdigest(),
             "until": cut,
         },
