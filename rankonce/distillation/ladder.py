@@ -176,7 +176,10 @@ def run_ladder(ladder: Ladder, out: Path) -> list[dict[str, Any]]:
                     evaluate=evaluate,
                 )
             models.append(str(folder))
-    rows = [_row(rung, Path(model)) for rung, model in _pairs(ladder, models)]
+    climbed = models[-len(ladder.rungs) :]
+    rows = [_row(rung, Path(model)) for rung, model in zip(ladder.rungs, climbed, strict=True)]
+    if ladder.teacher is not None:
+        rows.insert(0, _teacher_row(ladder, Path(ladder.teacher), tasks))
     record = {"rungs": rows, "environment": describe_environment()}
     (out / "ladder.json").write_text(json.dumps(record, indent=2) + "\n")
     return rows
@@ -358,27 +361,36 @@ def _prune(
 def _calibration_examples(
     ladder: Ladder, stage: Stage, tasks: Sequence[Task]
 ) -> list[TrainingExample]:
-    known = {**library_tasks(), **{task.name: task for task in tasks}}
-    source = stage.load(ladder.data[0], stage.config, known)
+    source = _load(ladder, stage, tasks)
     if source is None or source.examples is None:
         raise TrainingError("rungs: pruning needs examples of labels")
     return list(source.examples(0))
 
 
-def _pairs(ladder: Ladder, models: Sequence[str]) -> list[tuple[Rung | None, str]]:
-    before: list[Rung | None] = [] if ladder.teacher is None else [None]
-    return list(zip([*before, *ladder.rungs], models, strict=True))
+def _load(ladder: Ladder, stage: Stage, tasks: Sequence[Task]) -> StageSource | None:
+    known = {**library_tasks(), **{task.name: task for task in tasks}}
+    return stage.load(ladder.data[0], stage.config, known)
 
 
-def _row(rung: Rung | None, folder: Path) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        "name": folder.name if rung is None else rung.name,
+def _row(rung: Rung, folder: Path) -> dict[str, Any]:
+    (stage,) = (folder / "stages").iterdir()
+    measured = stage / "evaluation.json"
+    return {
+        "name": rung.name,
         "parameters": count_parameters(folder),
-        "teacher": None if rung is None else rung.teacher,
+        "teacher": rung.teacher,
+        "metrics": json.loads(measured.read_text()) if measured.exists() else {},
+        **json.loads((folder / "run.json").read_text())["finished"],
     }
-    if rung is not None:
-        (stage,) = (folder / "stages").iterdir()
-        measured = stage / "evaluation.json"
-        row["metrics"] = json.loads(measured.read_text()) if measured.exists() else {}
-        row |= json.loads((folder / "run.json").read_text())["finished"]
-    return row
+
+
+def _teacher_row(ladder: Ladder, folder: Path, tasks: Sequence[Task]) -> dict[str, Any]:
+    """Measure the first model on what the rungs are measured on."""
+    source = _load(ladder, _stage(ladder, ladder.rungs[0]), tasks)
+    valid = source.valid if source is not None else ()
+    return {
+        "name": folder.name,
+        "parameters": count_parameters(folder),
+        "teacher": None,
+        "metrics": measure_held_out(folder, valid, tasks=tasks) if valid else {},
+    }

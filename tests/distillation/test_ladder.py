@@ -145,6 +145,9 @@ def test_a_rung_goes_down_in_pruned_steps(folder: Path, climbed: Path, tmp_path:
     path = write_ladder(folder, tmp_path, text)
     rows = run_ladder(read_ladder(path), tmp_path / "out")
     assert [row["name"] for row in rows] == ["1-large", "half-1", "half-2", "once"]
+    # The first model is measured as it was when it was a rung itself.
+    (large, *_) = json.loads((climbed / "out" / "ladder.json").read_text())["rungs"]
+    assert rows[0]["metrics"] == large["metrics"]
     counts = [row["parameters"] for row in rows]
     # Both ways end in one shape, and each step keeps about the same share.
     assert counts[2] == counts[3] <= 0.5 * counts[0]
