@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike
 from rankonce.errors import DataError
 from rankonce.evaluation.weighted_metrics import (
     METRICS,
+    Floats,
     WeightedMetric,
     check_lengths,
     number_values,
@@ -235,30 +236,50 @@ def bootstrap(
     *,
     num_resamples: int = 200,
     seed: int = 0,
-    middle: float = 0.95,
 ) -> Estimate:
     """Estimate any function of the rows' weights, members drawn with replacement.
 
     Args:
         members: the member of each row.
         num_resamples, seed: as in ``bootstrap_over_members``.
-        middle: share of the resamples between ``low`` and ``high``.
+    """
+    value, *resampled = resample(weighted, members, num_resamples=num_resamples, seed=seed)
+    return summarise(value, resampled)
+
+
+def resample(
+    weighted: WeightedMetric, members: ArrayLike, *, num_resamples: int, seed: int = 0
+) -> Floats:
+    """Compute a function of the rows' weights once, and once for every draw of members.
+
+    Returns:
+        num_resamples + 1 values, that of the rows themselves first. The same members and seed give
+        the same draws, so that several functions can be combined draw by draw.
     """
     if num_resamples < 2:
         raise DataError(f"num_resamples: should be at least 2, not {num_resamples}")
     member_codes = number_values("members", members, np.size(members))
-    value = weighted(np.ones(len(member_codes)))
     num_members = len(np.unique(member_codes))
     # Without members nothing is drawn, but the generator still wants a chance.
     chances = np.full(max(num_members, 1), 1 / max(num_members, 1))
     draws = np.random.default_rng(seed).multinomial(num_members, chances, size=num_resamples)
-    resampled = np.array([weighted(draw[member_codes].astype(np.float64)) for draw in draws])
-    resampled = resampled[~np.isnan(resampled)]
-    if len(resampled) < 2:
+    values = [weighted(draw[member_codes].astype(np.float64)) for draw in draws]
+    return np.array([weighted(np.ones(len(member_codes))), *values])
+
+
+def summarise(value: float, resampled: ArrayLike, *, middle: float = 0.95) -> Estimate:
+    """Make an estimate of a value and those of its resamples; nan among these is left out.
+
+    Args:
+        middle: share of the resamples between ``low`` and ``high``.
+    """
+    column = np.asarray(resampled, dtype=np.float64)
+    column = column[~np.isnan(column)]
+    if len(column) < 2:
         return Estimate(value=value, standard_error=np.nan, low=np.nan, high=np.nan)
-    low, high = np.quantile(resampled, [(1 - middle) / 2, (1 + middle) / 2])
-    error = float(resampled.std(ddof=1))
-    return Estimate(value=value, standard_error=error, low=float(low), high=float(high))
+    low, high = np.quantile(column, [(1 - middle) / 2, (1 + middle) / 2])
+    error = float(column.std(ddof=1))
+    return Estimate(value=float(value), standard_error=error, low=float(low), high=float(high))
 
 
 def without_nan(value: Any) -> Any:

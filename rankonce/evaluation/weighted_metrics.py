@@ -26,11 +26,16 @@ def weighted_auc(
 ) -> WeightedMetric:
     """Prepare the AUC over all rows; it does not look at the members."""
     liked, values = _binary_rows(labels, scores)
-    ties = number_values("scores", values, len(values))
+    order = np.argsort(values)
+    liked, values = liked[order], values[order]
+    starts = np.flatnonzero(np.diff(values, prepend=-np.inf))
 
     def weighted(weights: Floats) -> float:
-        ones = np.bincount(ties, weights * liked)
-        zeros = np.bincount(ties, weights * (1 - liked))
+        mass = weights[order]
+        ones = mass * liked
+        zeros = mass - ones
+        if len(starts) < len(values):
+            ones, zeros = np.add.reduceat(ones, starts), np.add.reduceat(zeros, starts)
         # A liked row wins over the others of lower score, and half over those of its own.
         wins = ones @ (np.cumsum(zeros) - zeros / 2)
         return _divide(wins, ones.sum() * zeros.sum())

@@ -9,11 +9,10 @@ import polars as pl
 
 from rankonce.distillation.experiments.plan import Rule
 from rankonce.errors import ExperimentError
-from rankonce.evaluation.metrics import Estimate, bootstrap
-from rankonce.evaluation.weighted_metrics import METRICS, WeightedMetric
+from rankonce.evaluation.metrics import Estimate, resample, summarise
+from rankonce.evaluation.weighted_metrics import METRICS, Floats
 
 _COLUMNS = ("user_id", "label", "score")
-_NUM_RESAMPLES = 2000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,73 +45,83 @@ class Verdict:
     holds: bool | None
 
 
-def compare_runs(
-    run: str,
-    against: str,
-    scores: Mapping[tuple[str, str], Path],
-    *,
-    metric: str,
-    num_resamples: int = _NUM_RESAMPLES,
-) -> list[Comparison]:
-    """Compare two runs at every setting that both finished, and over all of these.
+class Comparer:
+    """Compares runs by their files of user_id, label and score.
 
-    Args:
-        scores: files of user_id, label and score by run and settings.
-        metric: of the evaluation: auc, uauc, log_loss …
-
-    Raises:
-        ExperimentError: the metric is not known, or two files hold other rows.
+    The same members are drawn for every file, and each file's resamples are computed once.
     """
-    if metric not in METRICS:
-        raise ExperimentError(f"metric: should be one of {', '.join(METRICS)}, is {metric!r}")
-    shared = [setting for name, setting in scores if name == run and (against, setting) in scores]
-    if not shared:
-        return []
-    pairs: dict[str, tuple[WeightedMetric, WeightedMetric]] = {}
-    members = labels = None
-    for setting in shared:
-        first, second = (_read(scores[name, setting]) for name in (run, against))
-        for frame in (first, second):
-            members = frame["user_id"] if members is None else members
-            labels = frame["label"] if labels is None else labels
-            if not (frame["user_id"].equals(members) and frame["label"].equals(labels)):
+
+    def __init__(self, *, num_resamples: int = 2000) -> None:
+        self._num_resamples = num_resamples
+        self._frames: dict[Path, pl.DataFrame] = {}
+        self._resamples: dict[tuple[Path, str], Floats] = {}
+
+    def compare(
+        self, run: str, against: str, scores: Mapping[tuple[str, str], Path], *, metric: str
+    ) -> list[Comparison]:
+        """Compare two runs at every setting that both finished, and over all of these.
+
+        Args:
+            scores: files by run and settings.
+            metric: of the evaluation: auc, uauc, log_loss …
+
+        Raises:
+            ExperimentError: the metric is not known, or two files hold other rows.
+        """
+        if metric not in METRICS:
+            raise ExperimentError(f"metric: should be one of {', '.join(METRICS)}, is {metric!r}")
+        settings = [one for name, one in scores if name == run and (against, one) in scores]
+        files = [scores[name, setting] for setting in settings for name in (run, against)]
+        for path in files:
+            first, frame = self._read(files[0]), self._read(path)
+            if not all(frame[name].equals(first[name]) for name in ("user_id", "label")):
                 raise ExperimentError(
                     f"compare: {run} and {against} should be measured on the same rows"
                 )
-        pairs[setting] = (
-            METRICS[metric](first["label"], first["score"], first["user_id"]),
-            METRICS[metric](second["label"], second["score"], second["user_id"]),
-        )
-    assert members is not None
-
-    def difference(names: Sequence[str]) -> WeightedMetric:
-        return lambda weights: float(
-            np.mean([pairs[name][0](weights) - pairs[name][1](weights) for name in names])
-        )
-
-    groups = [(setting, [setting]) for setting in shared]
-    if len(shared) > 1:
-        groups.append(("", shared))
-    found = []
-    for setting, names in groups:
-        estimates = [
-            bootstrap(difference(names), members, num_resamples=num_resamples, middle=middle)
-            for middle in (0.95, 0.9)
+        differences = [
+            self._resample(scores[run, setting], metric)
+            - self._resample(scores[against, setting], metric)
+            for setting in settings
         ]
-        each = [difference([name])(np.ones(len(members))) for name in names]
-        found.append(
-            Comparison(
-                run=run,
-                against=against,
-                metric=metric,
-                settings=setting,
-                estimate=estimates[0],
-                low_90=estimates[1].low,
-                high_90=estimates[1].high,
-                spread=float(np.std(each, ddof=1)) if len(each) > 1 else None,
+        found = [
+            _summarise(run, against, metric, setting, [difference])
+            for setting, difference in zip(settings, differences, strict=True)
+        ]
+        if len(settings) > 1:
+            found.append(_summarise(run, against, metric, "", differences))
+        return found
+
+    def _read(self, path: Path) -> pl.DataFrame:
+        if path not in self._frames:
+            self._frames[path] = _read(path)
+        return self._frames[path]
+
+    def _resample(self, path: Path, metric: str) -> Floats:
+        if (path, metric) not in self._resamples:
+            frame = self._read(path)
+            weighted = METRICS[metric](frame["label"], frame["score"], frame["user_id"])
+            self._resamples[path, metric] = resample(
+                weighted, frame["user_id"], num_resamples=self._num_resamples
             )
-        )
-    return found
+        return self._resamples[path, metric]
+
+
+def _summarise(
+    run: str, against: str, metric: str, settings: str, differences: Sequence[Floats]
+) -> Comparison:
+    value, *resampled = np.mean(differences, axis=0)
+    narrow = summarise(value, resampled, middle=0.9)
+    each = [one[0] for one in differences]
+    return Comparison(
+        run=run,
+        against=against,
+        metric=metric,
+        settings=settings,
+        estimate=summarise(value, resampled),
+        low_90=narrow.low,
+        high_90=narrow.high,
+        spread=float(np.std(each, ddof=1)) if len(each) > 1 else None,
+    )
 
 
 def judge(rule: Rule, comparisons: Sequence[Comparison], *, num_settings: int) -> Verdict:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from rankonce.distillation.experiments.comparison import (
+    Comparer,
     Comparison,
     Verdict,
-    compare_runs,
     judge,
 )
 from rankonce.distillation.experiments.plan import Experiment, Plan, Run, Value
@@ -177,17 +177,18 @@ def _compare(plan: Plan, outcomes: Mapping[str, Outcome]) -> tuple[list[Comparis
             {tuple(r.settings.items()) for r in plan.runs if where.items() <= r.settings.items()}
         )
 
+    comparer = Comparer()
     others = [str(run["name"]) for run in experiment.runs if run["name"] != experiment.baseline]
     comparisons = [
         one
         for name in others
         if experiment.baseline is not None
-        for one in compare_runs(name, experiment.baseline, scores({}), metric=experiment.metric)
+        for one in comparer.compare(name, experiment.baseline, scores({}), metric=experiment.metric)
     ]
     verdicts = [
         judge(
             rule,
-            compare_runs(rule.run, rule.against, scores(rule.where), metric=rule.metric),
+            comparer.compare(rule.run, rule.against, scores(rule.where), metric=rule.metric),
             num_settings=count_settings(rule.where),
         )
         for rule in experiment.rules
