@@ -1,11 +1,12 @@
 """What each way of pruning leaves of a ranker, without any training afterwards.
 
 Members of MovieLens latest-small are split: train rows of some calibrate, held-out rows of all
-members measure. Every arm cuts the same checkpoint to the same sizes.
+members measure. Every arm cuts the same checkpoint; differences to the whole one are paired,
+requests drawn with replacement.
 """
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,13 @@ from rankonce.datasets.movielens import movie_examples, movie_rows
 from rankonce.distillation.pruning import PruneConfig, prune_checkpoint
 from rankonce.environment import describe_environment
 from rankonce.errors import DataError
-from rankonce.evaluation.held_out import measure_held_out
+from rankonce.evaluation.labelled import evaluate_examples
 from rankonce.prompts.tasks import library_tasks
-from rankonce.ranker import EMBEDDED_MODEL
+from rankonce.ranker import EMBEDDED_MODEL, Ranker, RankerConfig
 from rankonce.records import TrainingExample
 
 _CANDIDATES = 20
+_NUM_RESAMPLES = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +43,7 @@ class PruningStudy:
 
     data: Path
     model: Path = EMBEDDED_MODEL
-    keeps: tuple[float, ...] = (0.8, 0.6)
+    keeps: tuple[float, ...] = (0.6, 0.3)
     num_calibration: int = 60
     num_valid: int = 300
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -56,21 +58,31 @@ def measure_pruning(study: PruningStudy) -> dict[str, Any]:
     """
     calibration, valid = _read(study)
     arms = _arms(study)
-    found = [{"arm": "whole", **_measure(study.model, valid)}]
+    config = RankerConfig(calibrate=False)
+    whole = Ranker.from_pretrained(study.model, config=config)
+    found: list[dict[str, Any]] = []
     console = Console(stderr=True)
     with tempfile.TemporaryDirectory() as folder:
-        for name, config in track(
+        for name, cut in track(
             arms, description="pruning", console=console, disable=not console.is_terminal
         ):
             out = Path(folder) / str(len(found))
-            record = prune_checkpoint(study.model, out, config, calibration)
+            record = prune_checkpoint(study.model, out, cut, calibration)
+            pruned = Ranker.from_pretrained(out, config=config)
+            measured = evaluate_examples(
+                {"pruned": pruned, "whole": whole}, valid, num_resamples=_NUM_RESAMPLES
+            )
+            first, second = (dict(row.metrics) for row in measured.rows)
+            if not found:
+                found.append({"arm": "whole", "sizes": record["before"], **second})
+            (difference,) = measured.differences
             found.append(
                 {
                     "arm": name,
-                    "config": asdict(config),
-                    "before": record["before"],
-                    "after": record["after"],
-                    **_measure(out, valid),
+                    "config": asdict(cut),
+                    "sizes": record["after"],
+                    **first,
+                    "auc_difference": dict(difference.metrics),
                 }
             )
     result = {
@@ -91,15 +103,20 @@ def describe_pruning(record: Mapping[str, Any]) -> str:
     """Write the record as a table in Markdown."""
     titles = ("arm", "parameters", "hidden", "MLP", "key/value heads", "vocabulary")
     lines = [
-        f"| {' | '.join((*titles, 'AUC', 'log loss'))} |",
-        f"| --- |{' ---: |' * (len(titles) + 1)}",
+        f"| {' | '.join((*titles, 'AUC', 'less the whole', 'log loss'))} |",
+        f"| --- |{' ---: |' * (len(titles) + 2)}",
     ]
-    before = next(arm["before"] for arm in record["arms"] if "before" in arm)
     for arm in record["arms"]:
-        sizes = arm.get("after", before)
+        sizes = arm["sizes"]
         names = ("hidden_size", "intermediate_size", "num_key_value_heads", "vocab_size")
         cells = [arm["arm"], f"{sizes['parameters']:,}", *(f"{sizes[name]:,}" for name in names)]
-        lines.append(f"| {' | '.join(cells)} | {arm['auc']:.4f} | {arm['log_loss']:.4f} |")
+        less = arm.get("auc_difference")
+        cells += [
+            f"{arm['auc']:.4f}",
+            f"{less['difference']:+.4f} ({less['low']:+.4f}, {less['high']:+.4f})" if less else "–",
+            f"{arm['log_loss']:.4f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -136,11 +153,6 @@ def _arms(study: PruningStudy) -> list[tuple[str, PruneConfig]]:
             ),
         ]
     return arms
-
-
-def _measure(folder: Path, examples: Sequence[TrainingExample]) -> dict[str, float]:
-    (numbers,) = measure_held_out(folder, examples).values()
-    return numbers
 
 
 def _read(study: PruningStudy) -> tuple[list[TrainingExample], list[TrainingExample]]:

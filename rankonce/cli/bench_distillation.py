@@ -49,7 +49,7 @@ def pruning(
     ],
     keep: Annotated[
         list[float] | None,
-        typer.Option(help="Share of the parameters; give several.", show_default="0.8, 0.6"),
+        typer.Option(help="Share of the parameters; give several.", show_default="0.6, 0.3"),
     ] = None,
     calibration: Annotated[int, typer.Option(min=1, help="Examples to calibrate with.")] = 60,
     valid: Annotated[int, typer.Option(min=1, help="Examples to measure on.")] = 300,
@@ -63,7 +63,7 @@ def pruning(
     quiet_transformers()
     study = PruningStudy(
         data=data,
-        keeps=tuple(keep or (0.8, 0.6)),
+        keeps=tuple(keep or (0.6, 0.3)),
         num_calibration=calibration,
         num_valid=valid,
         output=output,
