@@ -106,7 +106,7 @@ def run_steps(
     """Run steps; what has finished before is not run again, and a failure stops only its users.
 
     Args:
-        steps: by digest.
+        steps: by digest; of those that could run the first one runs.
         ended: is told of every step as it ends, from this thread.
         program: what the commands are given to, ``module:function``.
 
@@ -142,7 +142,7 @@ def run_steps(
                         step=step, folder=_folder(out, digest), failure=reason
                     )
                     ended(outcomes[digest])
-                elif len(known) == len(step.needs):
+                elif len(known) == len(step.needs) and len(running) < len(devices):
                     del waiting[digest]
                     running[pool.submit(attempt, step)] = digest
             done, _ = wait(running, return_when=FIRST_COMPLETED) if running else ((), ())

@@ -76,6 +76,14 @@ def test_a_second_run_computes_nothing(tmp_path: Path) -> None:
     assert again.rows == first.rows
 
 
+def test_the_first_runs_end_first(tmp_path: Path) -> None:
+    plan = plan_experiment(experiment())
+    run_experiment(plan, tmp_path / "out", devices(tmp_path)[:1], program=PROGRAM)
+    # Steps that other seeds need could run from the start, and wait until the first seed is done.
+    order = [line.split()[0] for line in (tmp_path / "count").read_text().splitlines()]
+    assert order == ["base1", "ab", "abc", "base2", "ab", "abc"]
+
+
 def test_one_changed_line_runs_what_depends_on_it(tmp_path: Path) -> None:
     run(tmp_path)
     calls = len((tmp_path / "count").read_text().splitlines())
