@@ -35,8 +35,7 @@ def prune(
         list[Path],
         typer.Option(
             exists=True,
-            dir_okay=False,
-            help="JSON lines of requests, with labels, to calibrate with; may be repeated.",
+            help="JSON lines of requests, with labels, to calibrate with; a recipe's folder.",
         ),
     ],
     out: Annotated[Path, typer.Option(file_okay=False, help="Folder of the smaller checkpoint.")],
@@ -78,6 +77,9 @@ def prune(
             show_default="the model",
         ),
     ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Calibrate with what a recipe's last stage learns.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the calibration examples drawn.")] = 0,
     task_file: TaskFileOption = None,
 ) -> None:
@@ -87,11 +89,17 @@ def prune(
     rankonce prune runs/half-way --whole runs/teacher --keep 0.5 --step 2 --steps 2 \
         --data calibration.jsonl --out pruned
     """
+    if recipe is None and (folders := [path for path in data if path.is_dir()]):
+        raise typer.BadParameter(f"{folders[0]} is a folder, for --recipe", param_hint="--data")
+    if recipe is not None and len(data) > 1:
+        raise typer.BadParameter("should be the recipe's folder alone", param_hint="--data")
     from rich.console import Console
 
     from rankonce.distillation.pruning import PruneConfig, prune_checkpoint, step_of
     from rankonce.prompts.tasks import load_task
     from rankonce.training.data import read_examples
+    from rankonce.training.recipes import find_recipe
+    from rankonce.training.stages import first_examples
 
     quiet_transformers()
     config = PruneConfig(
@@ -112,7 +120,10 @@ def prune(
             )
         config = step_of(whole or model, config, step=step, steps=steps)
     tasks = [load_task(path) for path in task_file or ()]
-    examples = [example for path in data for example in read_examples(path)]
+    if recipe is None:
+        examples = [example for path in data for example in read_examples(path)]
+    else:
+        examples = first_examples(find_recipe(recipe).stages[-1], data[0], tasks)
     record = prune_checkpoint(model, out, config, examples, tasks=tasks)
     Console(width=100).print(_table(record))
     typer.echo(f"model: {out}", err=True)

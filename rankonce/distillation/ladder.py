@@ -32,7 +32,7 @@ from rankonce.training.checkpoint import is_finished
 from rankonce.training.loop import TrainConfig
 from rankonce.training.recipes import RECIPES, find_recipe
 from rankonce.training.runs import run_stages
-from rankonce.training.stages import Stage, StageSource, Tasks, finetune_source
+from rankonce.training.stages import Stage, StageSource, Tasks, finetune_source, first_examples
 
 _STRICT = ConfigDict(extra="forbid")
 Place = Literal["first", "previous"]
@@ -333,7 +333,7 @@ def _start(
         return rung.init
     pruned = folder / "pruned"
     if not pruned.is_dir():
-        _prune(rung, pruned, models, tasks, _calibration_examples(ladder, stage, tasks))
+        _prune(rung, pruned, models, tasks, first_examples(stage, ladder.data[0], tasks))
     return str(pruned)
 
 
@@ -358,20 +358,6 @@ def _prune(
     unfinished.rename(out)
 
 
-def _calibration_examples(
-    ladder: Ladder, stage: Stage, tasks: Sequence[Task]
-) -> list[TrainingExample]:
-    source = _load(ladder, stage, tasks)
-    if source is None or source.examples is None:
-        raise TrainingError("rungs: pruning needs examples of labels")
-    return list(source.examples(0))
-
-
-def _load(ladder: Ladder, stage: Stage, tasks: Sequence[Task]) -> StageSource | None:
-    known = {**library_tasks(), **{task.name: task for task in tasks}}
-    return stage.load(ladder.data[0], stage.config, known)
-
-
 def _row(rung: Rung, folder: Path) -> dict[str, Any]:
     (stage,) = (folder / "stages").iterdir()
     measured = stage / "evaluation.json"
@@ -386,7 +372,9 @@ def _row(rung: Rung, folder: Path) -> dict[str, Any]:
 
 def _teacher_row(ladder: Ladder, folder: Path, tasks: Sequence[Task]) -> dict[str, Any]:
     """Measure the first model on what the rungs are measured on."""
-    source = _load(ladder, _stage(ladder, ladder.rungs[0]), tasks)
+    stage = _stage(ladder, ladder.rungs[0])
+    known = {**library_tasks(), **{task.name: task for task in tasks}}
+    source = stage.load(ladder.data[0], stage.config, known)
     valid = source.valid if source is not None else ()
     return {
         "name": folder.name,

@@ -13,9 +13,9 @@ from typing import Any
 
 import polars as pl
 
-from rankonce.errors import DataError, RankOnceError
+from rankonce.errors import DataError, RankOnceError, TrainingError
 from rankonce.prompts.rendering import Renderer
-from rankonce.prompts.tasks import Task, find_task
+from rankonce.prompts.tasks import Task, find_task, library_tasks
 from rankonce.records import TrainingExample
 from rankonce.training.data import (
     WordingChoice,
@@ -71,6 +71,22 @@ class Stage:
     name: str
     load: Callable[[Path, TrainConfig, Tasks], StageSource | None]
     config: TrainConfig = field(default_factory=TrainConfig)
+
+
+def first_examples(stage: Stage, folder: Path, tasks: Sequence[Task]) -> list[TrainingExample]:
+    """Read the labelled requests of a stage's first epoch.
+
+    Args:
+        tasks: beside those of the library.
+
+    Raises:
+        TrainingError: the stage learns no labels, or has nothing in the folder.
+    """
+    known = {**library_tasks(), **{task.name: task for task in tasks}}
+    source = stage.load(folder, stage.config, known)
+    if source is None or source.examples is None:
+        raise TrainingError(f"data: {folder} should hold labelled requests for {stage.name}")
+    return list(source.examples(0))
 
 
 def label_source(

@@ -76,6 +76,9 @@ def test_what_cannot_be_pruned_is_refused(
     assert "keep: should be given" in run(*command).err
     assert "num_key_value_heads: should be from 1 to 2" in run(*command, "--kv-heads", "5").err
     assert run(*command, "--importance", "size").exit_code == 2
+    folder = run("prune", whole, "--data", tmp_path, "--keep", "0.5", "--out", tmp_path / "out")
+    assert folder.exit_code == 2
+    assert "--recipe" in folder.err
     assert not (tmp_path / "out").exists()
 
 

@@ -100,6 +100,15 @@ def test_a_recipe_trains_a_checkpoint_that_is_measured_beside_baselines(
     assert result["tokens"]["separate_tokens"] > result["tokens"]["computed_tokens"] > 0
     assert next(row["name"] for row in result["differences"]) == "run: AUC against item mean"
 
+    cut = tmp_path / "cut"
+    recipe = ("--recipe", "ml1m", "--data", data)
+    done = run("prune", out, *recipe, "--keep", "0.67", "--out", cut)
+    assert done.exit_code == 0, done.err
+    sizes = json.loads((cut / "pruning.json").read_text())
+    assert sizes["after"]["parameters"] <= 0.67 * sizes["before"]["parameters"]
+    twice = run("prune", out, *recipe, "--data", data, "--keep", "0.67", "--out", cut)
+    assert "should be the recipe's folder alone" in twice.err
+
     twin = tmp_path / "twin"
     twin.symlink_to(out)
     both = json.loads(evaluate(run, data, "--model", out, "--also", twin, "--json").out)
