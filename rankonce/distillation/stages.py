@@ -1,7 +1,8 @@
 """Stages that learn from a teacher: another stage's examples with its scores beside them."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ from rankonce.errors import DataError, TrainingError
 from rankonce.prompts.rendering import Renderer
 from rankonce.records import TrainingExample
 from rankonce.training.loop import TrainConfig, TrainingData
-from rankonce.training.stages import Stage, StageSource, Tasks, label_source
+from rankonce.training.stages import Stage, StageSource, Tasks, label_units
+
+# Examples that a teacher is asked of at once; a run that ends early asks of no more than it needs.
+_PART = 1024
 
 
 @dataclass(kw_only=True)
@@ -49,7 +53,8 @@ class Distillation:
     def teach(self, source: StageSource, config: TrainConfig, tasks: Tasks) -> StageSource:
         """Put the teacher's scores beside the examples of a source.
 
-        The teacher is asked before the run for every epoch whose examples are known, and let go.
+        Without ``max_steps`` the teacher is asked before the run for every epoch whose examples are
+        known, and let go; else as the run comes to them.
 
         Raises:
             RankOnceError: the source learns no labels, an example has no label and the target
@@ -58,26 +63,25 @@ class Distillation:
         examples = source.examples
         if examples is None:
             raise TrainingError("stage: should learn labels at score rows to be distilled")
+        if self.config.rule.needs_labels:
+            self._check_labels(examples(0))
 
         def epoch(number: int) -> Iterable[TrainingExample]:
-            return self._taught(list(examples(number)), tasks)
+            return self._taught(examples(number), tasks)
 
         if self.config.rule.takes_teacher and config.max_steps is None:
             for number in range(config.epochs):
-                self._ask(list(examples(number)), tasks)
-        taught = label_source(
-            epoch,
-            tasks=tasks,
-            valid=source.valid,
-            objective=DistillObjective(config=self.config),
-            fingerprint={**source.fingerprint, "teacher": self._fingerprint()},
-            split=source.split,
-            style_seed=source.style_seed,
-        )
-        opens = self._open_with(taught)
+                for part in _parts(examples(number)):
+                    self._ask(part, tasks)
+        opens = self._open_with(replace(source, examples=epoch), tasks)
         if self.teacher is not None:
             self.teacher.close()
-        return replace(taught, open=opens)
+        return replace(
+            source,
+            open=opens,
+            examples=epoch,
+            fingerprint={**source.fingerprint, "teacher": self._fingerprint()},
+        )
 
     def describe_cost(self) -> list[str]:
         """Say what the teacher's scores took, in this run and in all."""
@@ -90,7 +94,7 @@ class Distillation:
             for cost, when in ((self.cost, "in this run"), (whole, "for all that is stored"))
         ]
 
-    def _open_with(self, source: StageSource) -> Callable[[Renderer], TrainingData]:
+    def _open_with(self, source: StageSource, tasks: Tasks) -> Callable[[Renderer], TrainingData]:
         """Complete the objective when the student's tokenizer is known."""
 
         def open_with(renderer: Renderer) -> TrainingData:
@@ -110,38 +114,35 @@ class Distillation:
             objective = DistillObjective(
                 config=self.config, label_ids=tuple(sorted(ids)), teacher=live
             )
-            return replace(source.open(renderer), objective=objective)
+            assert source.examples is not None
+            units = label_units(source.examples, renderer, tasks, style_seed=source.style_seed)
+            return replace(source.open(renderer), units=units, objective=objective)
 
         return open_with
 
-    def _taught(self, examples: list[TrainingExample], tasks: Tasks) -> list[TrainingExample]:
-        rule = self.config.rule
-        if rule.needs_labels:
-            for number, example in enumerate(examples, start=1):
-                if all(label is None for label in example.labels):
-                    raise DataError(
-                        f"labels: target {self.config.target!r} needs known labels, "
-                        f"{example.place(number)} has none; choose soft, mixture or two-logits"
-                    )
-        if not rule.takes_teacher or self.teacher is None or self.store is None:
-            return examples
-        self._ask(examples, tasks)
-        taught = list(add_scores(self.store, self.teacher.fingerprint, examples, tasks))
-        if not rule.needs_labels:
-            return taught
-        # As where nobody teaches, candidates without a label are passed over.
-        return [
-            replace(
-                one,
-                teacher=tuple(
-                    None if label is None else said
-                    for label, said in zip(one.labels, one.teacher or (), strict=True)
-                ),
-            )
-            for one in taught
-        ]
+    def _check_labels(self, examples: Iterable[TrainingExample]) -> None:
+        for number, example in enumerate(examples, start=1):
+            if all(label is None for label in example.labels):
+                raise DataError(
+                    f"labels: target {self.config.target!r} needs known labels, "
+                    f"{example.place(number)} has none; choose soft, mixture or two-logits"
+                )
 
-    def _ask(self, examples: list[TrainingExample], tasks: Tasks) -> None:
+    def _taught(
+        self, examples: Iterable[TrainingExample], tasks: Tasks
+    ) -> Iterator[TrainingExample]:
+        rule = self.config.rule
+        if not rule.takes_teacher or self.teacher is None or self.store is None:
+            yield from examples
+            return
+        for part in _parts(examples):
+            taught = list(add_scores(self.store, self.teacher.fingerprint, part, tasks))
+            if any(None in (one.teacher or ()) for one in taught):
+                self._ask(part, tasks)
+                taught = list(add_scores(self.store, self.teacher.fingerprint, part, tasks))
+            yield from map(_without_unknown, taught) if rule.needs_labels else taught
+
+    def _ask(self, examples: Sequence[TrainingExample], tasks: Tasks) -> None:
         if self.teacher is not None and self.store is not None:
             self.cost += fill_store(self.store, self.teacher, examples, tasks)
 
@@ -149,3 +150,22 @@ class Distillation:
         if self.teacher is None or not self.config.rule.takes_teacher:
             return None
         return {"name": self.teacher.name, "fingerprint": self.teacher.fingerprint}
+
+
+def _parts(examples: Iterable[TrainingExample]) -> Iterator[Sequence[TrainingExample]]:
+    """Cut a stream into parts that a teacher is asked of together, each example with its place."""
+    placed = (
+        replace(example, source=example.place(number))
+        for number, example in enumerate(examples, start=1)
+    )
+    while part := list(islice(placed, _PART)):
+        yield part
+
+
+def _without_unknown(example: TrainingExample) -> TrainingExample:
+    """Pass over candidates without a label, as where nobody teaches."""
+    said = tuple(
+        None if label is None else one
+        for label, one in zip(example.labels, example.teacher or (), strict=True)
+    )
+    return replace(example, teacher=said)

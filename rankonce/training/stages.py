@@ -18,6 +18,7 @@ from rankonce.prompts.rendering import Renderer
 from rankonce.prompts.tasks import Task, find_task, library_tasks
 from rankonce.records import TrainingExample
 from rankonce.training.data import (
+    TokenizedExample,
     WordingChoice,
     mix_tasks,
     read_examples,
@@ -116,12 +117,7 @@ def label_source(
 
     def open_with(renderer: Renderer) -> TrainingData:
         return TrainingData(
-            units=lambda number: tokenize_examples(
-                epoch(number),
-                renderer,
-                tasks,
-                style_seed=None if style_seed is None else 1000 * style_seed + number,
-            ),
+            units=label_units(epoch, renderer, tasks, style_seed=style_seed),
             objective=learnt,
             valid=lambda: tokenize_examples(valid, renderer, tasks),
         )
@@ -145,6 +141,22 @@ def label_source(
         split=split or {},
         examples=epoch,
         style_seed=style_seed,
+    )
+
+
+def label_units(
+    epoch: Callable[[int], Iterable[TrainingExample]],
+    renderer: Renderer,
+    tasks: Tasks,
+    *,
+    style_seed: int | None,
+) -> Callable[[int], Iterable[TokenizedExample]]:
+    """Make the units of an epoch from its examples; arguments as in ``label_source``."""
+    return lambda number: tokenize_examples(
+        epoch(number),
+        renderer,
+        tasks,
+        style_seed=None if style_seed is None else 1000 * style_seed + number,
     )
 
 
