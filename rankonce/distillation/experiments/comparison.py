@@ -66,10 +66,8 @@ class Comparer:
             metric: of the evaluation: auc, uauc, log_loss …
 
         Raises:
-            ExperimentError: the metric is not known, or two files hold other rows.
+            ExperimentError: two files hold other rows.
         """
-        if metric not in METRICS:
-            raise ExperimentError(f"metric: should be one of {', '.join(METRICS)}, is {metric!r}")
         settings = [one for name, one in scores if name == run and (against, one) in scores]
         files = [scores[name, setting] for setting in settings for name in (run, against)]
         for path in files:

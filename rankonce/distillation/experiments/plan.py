@@ -14,16 +14,28 @@ import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from rankonce import __version__
 from rankonce.errors import ExperimentError
+from rankonce.evaluation.weighted_metrics import METRICS
 from rankonce.records import describe_faults
 
 Value = str | int | float | bool | None
+_VALUE: TypeAdapter[Value] = TypeAdapter(Value)
+# Columns of every table beside the file's own.
+FIXED_COLUMNS = ("id", "run", "seconds", "commit", "failure")
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _REFERENCE = re.compile(r"\{([^{}]*)\}")
 # Where a step writes, and where a measure may put the scores of single rows.
@@ -32,6 +44,15 @@ _OUT, _SCORES = "out", "scores"
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _check_metric(name: str) -> str:
+    if name not in METRICS:
+        raise ValueError(f"should be one of {', '.join(METRICS)}, is {name!r}")
+    return name
+
+
+Metric = Annotated[str, AfterValidator(_check_metric)]
 
 
 class Rule(_Strict):
@@ -50,7 +71,7 @@ class Rule(_Strict):
     run: str
     against: str
     where: Mapping[str, Value] = Field(default_factory=dict)
-    metric: str = "auc"
+    metric: Metric = "auc"
     above: float | None = None
     within: float | None = Field(default=None, gt=0)
 
@@ -102,7 +123,7 @@ class Experiment(_Strict):
     grid: Mapping[str, Sequence[Value]] = Field(default_factory=dict)
     compare: str | None = None
     baseline: str | None = None
-    metric: str = "auc"
+    metric: Metric = "auc"
     rules: Sequence[Rule] = ()
     plots: Sequence[Plot] = ()
 
@@ -127,6 +148,9 @@ class Experiment(_Strict):
                     f"runs: set {name!r}, which is no variable; there are "
                     f"{', '.join([*self.inputs, *self.variables]) or 'none'}"
                 )
+        for run in self.runs:
+            for name in (key for key in run if key in self.grid):
+                raise ValueError(f"runs: {run['name']}: should not set {name}, the grid does")
         for name, values in self.grid.items():
             if not values:
                 raise ValueError(f"grid.{name}: should hold at least one value")
@@ -137,6 +161,15 @@ class Experiment(_Strict):
             raise ValueError(f"compare: should be a measure, is {self.compare!r}")
         if (self.baseline is not None or self.rules) and self.compare is None:
             raise ValueError("compare: should name the measure whose scores are compared")
+        if self.compare is not None and f"{{{_SCORES}}}" not in self.measures[self.compare]:
+            raise ValueError(f"measures.{self.compare}: should write {{{_SCORES}}}, to be compared")
+        there = (*FIXED_COLUMNS, *self.grid, *self.columns)
+        for plot in self.plots:
+            for name in (plot.x, plot.y, plot.by):
+                if name not in there:
+                    raise ValueError(
+                        f"plots.{plot.name}: {name!r} should be a column, of {', '.join(there)}"
+                    )
         for rule in self.rules:
             for name, value in rule.where.items():
                 if value not in self.grid.get(name, ()):
@@ -218,6 +251,9 @@ def read_experiment(path: Path, *, settings: Sequence[str] = ()) -> Experiment:
         raise ExperimentError(f"{path}: {describe_faults(error.errors())}") from error
     inputs, variables = dict(experiment.inputs), dict(experiment.variables)
     for setting in settings:
+        # Of every run, so that it would change nothing.
+        if setting.partition("=")[0] in experiment.grid:
+            raise ExperimentError(f"set: {setting!r}: the grid has its values; change these there")
         name, given, text = setting.partition("=")
         if not given or name not in {**inputs, **variables}:
             raise ExperimentError(
@@ -228,7 +264,12 @@ def read_experiment(path: Path, *, settings: Sequence[str] = ()) -> Experiment:
             # As the shell understands it, from where the command is run.
             inputs[name] = str(Path(text).absolute())
         else:
-            variables[name] = yaml.safe_load(text)
+            try:
+                variables[name] = _VALUE.validate_python(yaml.safe_load(text))
+            except (yaml.YAMLError, ValidationError) as error:
+                raise ExperimentError(
+                    f"set: {name}: should be a text, a number, true, false or null, is {text!r}"
+                ) from error
 
     def place(name: str, value: Value) -> Value:
         return str(path.parent / str(value)) if name in inputs else value

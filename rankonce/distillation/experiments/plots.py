@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from rankonce.distillation.experiments.plan import Plot
-from rankonce.errors import ExperimentError
 
 
 def draw_plot(path: Path, plot: Plot, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -15,18 +14,9 @@ def draw_plot(path: Path, plot: Plot, rows: Sequence[Mapping[str, Any]]) -> None
 
     Args:
         rows: those that finished; at least one with numbers in both columns.
-
-    Raises:
-        ExperimentError: names the column that no row has.
     """
     from matplotlib.figure import Figure
 
-    for column in (plot.x, plot.y, plot.by):
-        if not any(column in row for row in rows):
-            there = sorted({name for row in rows for name in row})
-            raise ExperimentError(
-                f"plots.{plot.name}: {column!r} should be a column, of {', '.join(there)}"
-            )
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     lines: dict[Any, dict[float, list[float]]] = {}

@@ -83,14 +83,19 @@ def find_devices(slots: int | None = None) -> list[Device]:
     import torch
 
     if slots is None and (count := torch.cuda.device_count()):
+        given = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = given.split(",") if given else [str(number) for number in range(count)]
         return [
-            Device(name=f"cuda:{number}", environment={"CUDA_VISIBLE_DEVICES": str(number)})
-            for number in range(count)
+            Device(name=f"cuda:{name}", environment={"CUDA_VISIBLE_DEVICES": name})
+            for name in names[:count]
         ]
     slots = slots or 1
     threads = str(max(1, torch.get_num_threads() // slots))
     return [
-        Device(name=f"cpu {number}", environment={"OMP_NUM_THREADS": threads})
+        Device(
+            name=f"cpu {number}",
+            environment={"OMP_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": ""},
+        )
         for number in range(slots)
     ]
 
@@ -249,8 +254,8 @@ def _alone(folder: Path) -> Iterator[int]:
 def _clear(folder: Path) -> None:
     """Remove what an attempt left that no command goes on from."""
     out = folder / "out"
-    # Training runs resume; whatever else was cut off begins again.
-    if out.is_dir() and not (out / "run.json").exists():
+    # Training runs and ladders resume; whatever else was cut off begins again.
+    if out.is_dir() and not any((out / name).exists() for name in ("run.json", "rungs")):
         shutil.rmtree(out)
     (folder / "scores.parquet").unlink(missing_ok=True)
 

@@ -21,7 +21,13 @@ from rankonce.distillation.experiments.comparison import (
 from rankonce.distillation.experiments.plan import Experiment, Plan, Run, Value
 from rankonce.distillation.experiments.plots import draw_plot
 from rankonce.distillation.experiments.queue import RANKONCE, Device, Outcome, run_steps
-from rankonce.distillation.experiments.table import read_path, write_excel, write_parquet
+from rankonce.distillation.experiments.table import (
+    check_excel,
+    read_path,
+    read_rows,
+    write_excel,
+    write_parquet,
+)
 from rankonce.distillation.experiments.tracking import Tracker
 from rankonce.environment import describe_environment
 from rankonce.errors import ExperimentError
@@ -71,6 +77,9 @@ def run_experiment(
     _claim(out, experiment)
     outcomes: dict[str, Outcome] = {}
     rows: dict[str, Row] = {}
+    # Rows of an earlier call stand until their turn comes.
+    table = out / "results.parquet"
+    before = read_rows(table, [run.id for run in plan.runs]) if table.exists() else {}
 
     def note(outcome: Outcome) -> None:
         outcomes[outcome.step.digest] = outcome
@@ -78,7 +87,7 @@ def run_experiment(
         for run in plan.runs:
             if run.id not in rows and all(one in outcomes for one in run.measures.values()):
                 rows[run.id] = _make_row(run, plan, outcomes)
-                write_parquet(out / "results.parquet", list(rows.values()))
+                write_parquet(table, list({**before, **rows}.values()))
                 write_excel(out / "results.xlsx", rows[run.id])
                 if tracker is not None:
                     tracker.log(rows[run.id], variables=run.variables)
@@ -91,12 +100,14 @@ def run_experiment(
             draw_plot(out / f"{plot.name}.png", plot, finished)
     comparisons, verdicts = _compare(plan, outcomes)
     report = Report(rows=ordered, comparisons=comparisons, verdicts=verdicts)
-    _write_json(out / "report.json", {**asdict(report), "environment": describe_environment()})
+    record = {"experiment": experiment, **asdict(report), "environment": describe_environment()}
+    _write_json(out / "report.json", record)
     return report
 
 
 def _claim(out: Path, experiment: Experiment) -> None:
-    """Write the file down before anything runs; rules may not change once there are results."""
+    """Write the file down before anything runs; what decides may not change after a result."""
+    check_excel()
     out.mkdir(parents=True, exist_ok=True)
     path = out / "experiment.json"
     content = experiment.model_dump(mode="json")
@@ -107,11 +118,13 @@ def _claim(out: Path, experiment: Experiment) -> None:
                 f"out: {out} belongs to the experiment {before['name']!r}, this is "
                 f"{experiment.name!r}"
             )
-        if before["rules"] != content["rules"]:
-            raise ExperimentError(
-                f"rules: should be what they were before the first result ({path}); new rules need "
-                "a new folder"
-            )
+        for name in ("rules", "compare", "baseline", "metric"):
+            if before[name] != content[name]:
+                raise ExperimentError(
+                    f"{name}: should be what stood there before the first result ({path}); a new "
+                    "decision needs a new folder"
+                )
+        return
     _write_json(path, content)
 
 

@@ -1,6 +1,6 @@
 """A row a run, kept in Parquet and in an Excel sheet that people may write into."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,31 @@ def write_parquet(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     part.replace(path)
 
 
+def read_rows(path: Path, ids: Collection[str]) -> dict[str, dict[str, Any]]:
+    """Read the rows of these ids, by id.
+
+    Raises:
+        ExperimentError: the file cannot be read.
+    """
+    try:
+        rows = pl.read_parquet(path).to_dicts()
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise ExperimentError(f"{path}: cannot be read: {error}") from error
+    return {row[_KEY]: row for row in rows if row[_KEY] in ids}
+
+
+def check_excel() -> None:
+    """Find the library that writes workbooks, before anything is to be written.
+
+    Raises:
+        MissingDependencyError: openpyxl is not installed.
+    """
+    try:
+        import openpyxl  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError("openpyxl", extra="experiment") from error
+
+
 def write_excel(path: Path, row: Mapping[str, Any]) -> None:
     """Put one row into the workbook: in place of the one of its id, or under the others.
 
@@ -45,12 +70,9 @@ def write_excel(path: Path, row: Mapping[str, Any]) -> None:
 
     Raises:
         ExperimentError: the file is no workbook, or may not be written.
-        MissingDependencyError: openpyxl is not installed.
     """
-    try:
-        from openpyxl import Workbook, load_workbook
-    except ImportError as error:
-        raise MissingDependencyError("openpyxl", extra="experiment") from error
+    from openpyxl import Workbook, load_workbook
+
     try:
         book = load_workbook(path) if path.exists() else Workbook()
     except Exception as error:  # openpyxl raises whatever its zip and XML readers do

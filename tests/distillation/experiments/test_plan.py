@@ -123,6 +123,15 @@ def test_what_cannot_be_planned_is_named(
         ({"steps": {"Small": "prune x"}}, "should be a word of a-z"),
         ({"steps": {"seed": "prune x"}}, "seed: should be an input, a variable or a step"),
         ({"measurs": {}}, "measurs: unknown field"),
+        ({"metric": "acu"}, "metric: should be one of auc, uauc"),
+        ({"compare": "quality", "rules": [{"name": "r", "run": "half", "against": "teacher",
+                                           "above": 0, "metric": "acu"}]},
+         r"rules\[0\].metric: should be one of auc, uauc"),
+        ({"compare": "quality", "measures": {"quality": "evaluate --model {model}"}},
+         r"measures.quality: should write \{scores\}"),
+        ({"plots": [{"name": "sizes", "x": "keep", "y": "auc"}]},
+         "plots.sizes: 'keep' should be a column, of id, run, seconds, commit, failure, seed, auc"),
+        ({"runs": [{"name": "half", "seed": 3}]}, "runs: half: should not set seed, the grid does"),
     ],
 )  # fmt: skip
 def test_a_faulty_file_is_refused_by_field(
@@ -148,6 +157,10 @@ def test_unknown_commands_and_options_are_refused_before_anything_runs(tmp_path:
 
 def test_settings_change_variables_alone(tmp_path: Path) -> None:
     path = write(tmp_path)
+    with pytest.raises(ExperimentError, match="set: 'seed=3': the grid has its values"):
+        read_experiment(path, settings=["seed=3"])
+    with pytest.raises(ExperimentError, match="set: keep: should be a text, a number, true"):
+        read_experiment(path, settings=["keep=[0.5"])
     assert read_experiment(path, settings=["keep=0.25"]).variables["keep"] == 0.25
     with pytest.raises(ExperimentError, match="set: should be NAME=VALUE with one of data"):
         read_experiment(path, settings=["kep=1"])

@@ -4,9 +4,13 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from rankonce.distillation.experiments.plan import Experiment, plan_experiment
+from rankonce.distillation.experiments.queue import Device
+from rankonce.distillation.experiments.runner import run_experiment
 from rankonce.distillation.experiments.tracking import Tracker
 from rankonce.errors import ExperimentError
 
@@ -65,6 +69,36 @@ def test_a_server_gets_every_row_once(server: str) -> None:
     assert finished.data.params == {"seed": "1", "keep": "0.5"}
     assert finished.data.metrics["auc"] == 0.75
     assert finished.data.tags["commit"] == "1234"
+
+
+def test_an_experiment_logs_its_rows_as_they_come(
+    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    content = {
+        "name": "texts",
+        "variables": {"seed": 1},
+        "steps": {"made": "make text{seed} --out {out}"},
+        "measures": {"quality": "measure {made}"},
+        "columns": {"length": "quality.parts.0.length"},
+        "grid": {"seed": [1, 12]},
+    }
+    plan = plan_experiment(Experiment.model_validate(content))
+    device = Device(name="here", environment={"COUNT": str(tmp_path / "count")})
+    for _ in range(2):
+        run_experiment(
+            plan, tmp_path / "out", [device], tracker=Tracker(server, "texts"), program="steps:main"
+        )
+    client = MlflowClient(tracking_uri=server)
+    experiment = client.get_experiment_by_name("texts")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    assert sorted((run.data.params["seed"], run.data.metrics["length"]) for run in runs) == [
+        ("1", 5.0),
+        ("12", 6.0),
+    ]
 
 
 def test_a_server_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
