@@ -191,7 +191,7 @@ def multitask() -> Recipe:
                 name="finetune",
                 load=load_multitask,
                 config=TrainConfig(
-                    epochs=1, targets_per_step=64, learning_rate=1.5e-3, averaging=0.99
+                    epochs=3, targets_per_step=64, learning_rate=1.5e-3, averaging=0.99
                 ),
             ),
         ),
