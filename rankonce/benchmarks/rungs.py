@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import track
+from transformers import AutoModelForCausalLM
 
 from rankonce.environment import describe_environment
 from rankonce.errors import DataError
-from rankonce.evaluation.held_out import measure_held_out
+from rankonce.evaluation.held_out import measure_ranker
 from rankonce.layout import TokenizedRequest, plan_passes
 from rankonce.prompts.tasks import Task
 from rankonce.ranker import Ranker, RankerConfig
@@ -56,7 +57,7 @@ def measure_rungs(
     Returns:
         For every folder, in the order given: ``parameters``, ``weights_mb``, ``peak_memory_mb``,
         ``latency_ms`` of a pass (median), ``tokens_per_s`` and ``candidates_per_s``, ``quality`` by
-        task as ``measure_held_out`` gives it, and ``ratios`` to the first; the environment beside.
+        task as ``measure_ranker`` gives it, and ``ratios`` to the first; the environment beside.
 
     Raises:
         DataError: there is nothing to measure.
@@ -89,7 +90,7 @@ def measure_rungs(
             **_weigh(ranker),
             "peak_memory_mb": _peak_memory_mb(folder, examples, options),
             **_speed(requests[place], times[place]),
-            "quality": measure_held_out(folder, examples, tasks=options.tasks),
+            "quality": measure_ranker(ranker, examples),
         }
         for place, (folder, ranker) in enumerate(zip(folders, rankers, strict=True))
     ]
@@ -146,10 +147,15 @@ def _load(folder: Path, options: RungsOptions) -> Ranker:
 
 
 def _weigh(ranker: Ranker) -> dict[str, float]:
-    parameters = list(ranker.loaded.network.parameters())
+    network = ranker.loaded.network
+    # Quantised weights are packed, or no parameters at all: the shape says how many there are.
+    with torch.device("meta"):
+        shape = AutoModelForCausalLM.from_config(network.config)
+    # Tied weights are one tensor under two names.
+    held = {one.data_ptr(): one for one in network.state_dict().values()}
     return {
-        "parameters": sum(one.numel() for one in parameters),
-        "weights_mb": sum(one.numel() * one.element_size() for one in parameters) / 1e6,
+        "parameters": sum(one.numel() for one in shape.parameters()),
+        "weights_mb": sum(one.numel() * one.element_size() for one in held.values()) / 1e6,
     }
 
 
@@ -200,6 +206,11 @@ def _score_once(folder: Path, examples: Sequence[TrainingExample], options: Rung
         pass
     if ranker.loaded.device.type == "cuda":
         return torch.cuda.max_memory_allocated(ranker.loaded.device) / 1e6
+    status = Path("/proc/self/status")
+    if status.exists():
+        # What getrusage says on Linux is no less than the parent had when this process began.
+        (line,) = (one for one in status.read_text().splitlines() if one.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024 / 1e6
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # Bytes on macOS, KiB elsewhere.
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6

@@ -74,7 +74,7 @@ def prune(
         typer.Option(
             metavar="FOLDER|ID",
             help="Model before the first step, whose share --keep is.",
-            show_default="the model",
+            show_default="the model, at the first step",
         ),
     ] = None,
     recipe: Annotated[
@@ -117,6 +117,11 @@ def prune(
         if steps is None or step is None or keep is None:
             raise typer.BadParameter(
                 "are needed together: --keep, --steps and --step", param_hint="--steps"
+            )
+        if step > 1 and whole is None:
+            raise typer.BadParameter(
+                "should name the model before the first step, whose share --keep is",
+                param_hint="--whole",
             )
         config = step_of(whole or model, config, step=step, steps=steps)
     tasks = [load_task(path) for path in task_file or ()]

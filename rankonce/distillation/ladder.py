@@ -24,15 +24,23 @@ from rankonce.distillation.stages import Distillation
 from rankonce.distillation.store import ScoreStore
 from rankonce.distillation.teachers import find_teacher
 from rankonce.environment import describe_environment
-from rankonce.errors import TrainingError
+from rankonce.errors import ModelError, TrainingError
 from rankonce.evaluation.held_out import measure_held_out
+from rankonce.model.sources import names_folder
 from rankonce.prompts.tasks import Task, library_tasks, load_task
 from rankonce.records import TrainingExample, describe_faults
 from rankonce.training.checkpoint import is_finished
 from rankonce.training.loop import TrainConfig
 from rankonce.training.recipes import RECIPES, find_recipe
 from rankonce.training.runs import run_stages
-from rankonce.training.stages import Stage, StageSource, Tasks, finetune_source, first_examples
+from rankonce.training.stages import (
+    Stage,
+    StageSource,
+    Tasks,
+    finetune_source,
+    fingerprint_files,
+    first_examples,
+)
 
 _STRICT = ConfigDict(extra="forbid")
 Place = Literal["first", "previous"]
@@ -149,7 +157,7 @@ def run_ladder(ladder: Ladder, out: Path) -> list[dict[str, Any]]:
         TrainingError: a rung that has begun is described otherwise now.
     """
     tasks = [load_task(path) for path in ladder.task_files]
-    _check_teachers(ladder, out)
+    _check_checkpoints(ladder, out)
     evaluate = partial(measure_held_out, tasks=tasks)
     models: list[str] = [] if ladder.teacher is None else [ladder.teacher]
     with ScoreStore(ladder.store) as store:
@@ -224,6 +232,8 @@ def _check(ladder: Ladder, path: Path) -> None:
             if needs and rung.teacher is None:
                 raise TrainingError(f"teacher: target {rung.target!r} needs one")
             TrainConfig(**{**ladder.train, **rung.train})
+            if rung.prune:
+                PruneConfig(**rung.prune)
         except (TrainingError, TypeError) as error:
             raise TrainingError(f"{where}: {error}") from error
 
@@ -268,22 +278,41 @@ def _folder(out: Path, number: int, rung: Rung) -> Path:
     return out / "rungs" / f"{number}-{rung.name}"
 
 
-def _check_teachers(ladder: Ladder, out: Path) -> None:
-    """Refuse a teacher that is not there before the rungs above it have cost their time."""
+def _check_checkpoints(ladder: Ladder, out: Path) -> None:
+    """Refuse a teacher or start that is not there before the rungs above have cost their time."""
+
+    def is_rung(source: str) -> bool:
+        # A rung may be named by the folder that it will have.
+        return out.resolve() in Path(source).resolve().parents
+
     for number, rung in enumerate(ladder.rungs, start=1):
         if is_finished(_folder(out, number, rung)):
             continue
         source = ladder.teacher if rung.teacher in _PLACES else rung.teacher
-        # A rung may be named by the folder that it will have.
-        if source is not None and out.resolve() not in Path(source).resolve().parents:
+        if source is not None and not is_rung(source):
             find_teacher(source)
+        is_path = rung.init not in ("scratch", "pruned") and names_folder(rung.init)
+        if is_path and not is_rung(rung.init) and not Path(rung.init).is_dir():
+            raise ModelError(f"rungs: {rung.name}: init: there is no folder {rung.init}")
 
 
 def _note(folder: Path, ladder: Ladder, rung: Rung) -> None:
     """Write what a rung is made of, or check that it is what was begun."""
     path = folder / "rung.json"
     made_of = json.loads(
-        json.dumps({**asdict(rung), "train": {**ladder.train, **rung.train}, "seed": ladder.seed})
+        json.dumps(
+            {
+                **asdict(rung),
+                "train": {**ladder.train, **rung.train},
+                "seed": ladder.seed,
+                "recipe": ladder.recipe,
+                "ladder_teacher": ladder.teacher,
+                **{
+                    name: _fingerprint(getattr(ladder, name))
+                    for name in ("data", "unlabelled", "valid", "task_files")
+                },
+            }
+        )
     )
     if path.exists():
         if json.loads(path.read_text()) != made_of:
@@ -293,6 +322,17 @@ def _note(folder: Path, ladder: Ladder, rung: Rung) -> None:
     draft = path.with_suffix(".tmp")
     draft.write_text(json.dumps(made_of, indent=2) + "\n")
     draft.replace(path)
+
+
+def _fingerprint(paths: Sequence[Path]) -> dict[str, str]:
+    """Say what files hold; the folder of a recipe is known by the files right in it."""
+    return fingerprint_files(
+        file
+        for path in paths
+        for file in (
+            sorted(one for one in path.iterdir() if one.is_file()) if path.is_dir() else [path]
+        )
+    )
 
 
 def _teacher_of(rung: Rung, models: Sequence[str]) -> str | None:

@@ -121,7 +121,7 @@ def quantize_model(
     }
     if options.data is not None:
         scores = {"unquantised": before, "quantised": after}
-        record |= _accept(scores, requests, options.bars)
+        record |= _accept(scores, requests, options)
         record["requests"] = {"source": options.data.name, **describe_requests(requests)}
     record = without_nan(record)
     (options.out / RECORD_FILE).write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
@@ -131,9 +131,12 @@ def quantize_model(
 def _accept(
     scores: Mapping[str, Sequence[Floats]],
     requests: Sequence[LabelledRequest],
-    bars: Mapping[str, float],
+    options: QuantizationOptions,
 ) -> dict[str, Any]:
-    """Measure both models and compare what was reached with the bars."""
+    """Measure both models and compare what was reached with the bars.
+
+    A bar that the requests cannot measure, for want of labels, is refused if it was asked for.
+    """
     arms = {
         name: measure_arm(name, scores, requests, references=("unquantised",)) for name in scores
     }
@@ -142,18 +145,22 @@ def _accept(
     if "auc" in after:
         reached["auc_loss"] = before["auc"] - after["auc"]
         reached["calibration_error_rise"] = after["calibration_error"] - before["calibration_error"]
-    failures = []
-    for name, bar in bars.items():
+    failures, unmeasured = [], []
+    for name, bar in options.bars.items():
         value = reached.get(name, math.nan)
         if math.isnan(value):
+            unmeasured.append(name)
+            if name in options.accept:
+                failures.append(f"{name} cannot be measured on these requests")
             continue
         if (value < bar) if name in LEAST else (value > bar):
             sign = "≥" if name in LEAST else "≤"
             failures.append(f"{name} should be {sign} {bar}, is {value:.4f}")
     return {
-        "bars": dict(bars),
+        "bars": options.bars,
+        "unmeasured": unmeasured,
         "arms": arms,
-        "reached": {name: reached[name] for name in bars if name in reached},
+        "reached": {name: reached[name] for name in options.bars if name in reached},
         "verdict": "refused" if failures else "accepted",
         "failures": failures,
     }

@@ -29,7 +29,14 @@ def measure_held_out(
         DataError: no row has a hard label.
     """
     # The weights' own scores: a calibration in the folder is of weights before these.
-    ranker = Ranker.from_pretrained(model, tasks=tasks, config=RankerConfig(calibrate=False))
+    config = RankerConfig(calibrate=False)
+    return measure_ranker(Ranker.from_pretrained(model, tasks=tasks, config=config), examples)
+
+
+def measure_ranker(
+    ranker: Ranker, examples: Sequence[TrainingExample]
+) -> dict[str, dict[str, float]]:
+    """Do the same with a ranker that is loaded."""
     results = ranker.score_many([example.request for example in examples])
     by_task: dict[str, list[tuple[TrainingExample, ScoreResult]]] = {}
     for example, result in zip(examples, results, strict=True):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from rankonce import ranker as ranker_module
 from rankonce.model.loading import load_model
@@ -89,17 +90,23 @@ def test_rungs_are_measured_side_by_side(
     write_examples(data, 4)
     done = run("prune", whole, "--data", data, "--out", small, "--intermediate-size", "24")
     assert done.exit_code == 0, done.err
-    done = run("bench", "rungs", whole, small, "--data", data, "--rounds", "2", "--json")
+    int8 = tmp_path / "int8"
+    assert run("quantize", whole, "--to", "cpu-int8", "--out", int8).exit_code == 0
+    # What this process holds is not what a checkpoint takes.
+    ballast = torch.ones(400_000_000)
+    done = run("bench", "rungs", whole, small, int8, "--data", data, "--rounds", "2", "--json")
     assert done.exit_code == 0, done.err
     record = json.loads(done.out)
-    first, second = record["rungs"]
+    first, second, third = record["rungs"]
     assert first["ratios"]["latency_ms"] == 1
     # Three layers with three projections of 72 neurons less, in FP32.
     assert first["parameters"] - second["parameters"] == 3 * 3 * 72 * 48
     assert first["weights_mb"] == pytest.approx(first["parameters"] * 4 / 1e6)
+    assert third["parameters"] == first["parameters"]
+    assert third["weights_mb"] < first["weights_mb"]
     assert second["ratios"]["parameters"] == second["parameters"] / first["parameters"]
     for rung in record["rungs"]:
-        assert rung["peak_memory_mb"] > rung["weights_mb"]
+        assert rung["weights_mb"] < rung["peak_memory_mb"] < ballast.nbytes / 1e6
         assert rung["tokens_per_s"] > rung["candidates_per_s"] > 0
         (quality,) = rung["quality"].values()
         assert quality["labels"] > 0
@@ -125,6 +132,10 @@ def test_steps_lead_to_the_sizes_of_one_cut(
     assert sizes[0]["parameters"] < sizes[1]["parameters"]
     beyond = run("prune", whole, *cut, "--step", "3", *way, tmp_path / "3")
     assert (beyond.exit_code, beyond.err) == (1, "error: step: should be from 1 to 2, is 3\n")
+    unknown = run("prune", tmp_path / "1", *cut, "--step", "2", "--steps", "2", "--out",
+                  tmp_path / "3")  # fmt: skip
+    assert unknown.exit_code == 2
+    assert "model before the first step" in unknown.err
     alone = run("prune", whole, *cut, "--step", "1", "--out", tmp_path / "3")
     assert "are needed together" in alone.err
     nothing = run("prune", whole, *cut, "--step", "1", "--steps", "2", "--whole", tmp_path / "x",

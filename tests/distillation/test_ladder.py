@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 
 from rankonce.distillation import ladder as ladders
 from rankonce.distillation.ladder import count_parameters, read_ladder, run_ladder
-from rankonce.errors import TrainingError
+from rankonce.errors import ModelError, TrainingError
 from rankonce.model.sizes import build_model
 
 _LADDER = """
@@ -80,6 +81,26 @@ def test_a_rung_that_is_described_otherwise_is_refused(folder: Path, climbed: Pa
     path.write_text(_LADDER.replace("0.16m", "0.4m"))
     with pytest.raises(TrainingError, match="2-middle holds a rung that was described otherwise"):
         run_ladder(read_ladder(path), climbed / "out")
+
+
+def test_a_rung_of_other_data_is_refused(climbed: Path, tmp_path: Path) -> None:
+    place = tmp_path / "copy"
+    shutil.copytree(climbed, place)
+    # Where the files lie does not count, what they hold does.
+    run_ladder(read_ladder(place / "ladder.yaml"), place / "out")
+    lines = (place / "examples.jsonl").read_text().splitlines()
+    (place / "examples.jsonl").write_text("\n".join(lines[1:]) + "\n")
+    with pytest.raises(TrainingError, match="1-large holds a rung that was described otherwise"):
+        run_ladder(read_ladder(place / "ladder.yaml"), place / "out")
+
+
+def test_a_start_that_is_not_there_is_refused_before_anything_runs(
+    folder: Path, tmp_path: Path
+) -> None:
+    path = write_ladder(folder, tmp_path, _LADDER.replace("size: 0.16m", "init: ./none"))
+    with pytest.raises(ModelError, match="rungs: middle: init: there is no folder"):
+        run_ladder(read_ladder(path), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_killed_ladder_goes_on_with_the_same_bits(
@@ -174,6 +195,8 @@ def test_a_rung_goes_down_in_pruned_steps(folder: Path, climbed: Path, tmp_path:
         ("size: 0.16m,", "size: 0.16m, steps: 2,", r"rungs\[1\].steps: should be 1 or more"),
         ("size: 0.16m,", "size: 0.16m, step: 2,", r"rungs\[1\].step: belongs to the ladder"),
         ("name: middle", "name: large", "each name once"),
+        ("size: 0.16m,", "init: pruned, prune: {keep: 2},", r"rungs\[1\]: keep: should be above 0"),
+        ("size: 0.16m,", "init: pruned, prune: {kep: 1},", r"rungs\[1\]: .*kep"),
         ("two-logits", "three-logits", r"rungs\[2\]: target: should be one of"),
         ("epochs: 2}", "epoch: 2}", r"rungs\[0\]: .*epoch"),
         ("teacher: previous}", "target: soft}", "target 'soft' needs one"),

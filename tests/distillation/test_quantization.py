@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,23 @@ def test_what_misses_a_bar_is_kept_and_marked(tmp_path: Path) -> None:
     assert record["verdict"] == "refused"
     assert record["failures"][0].startswith("kendall_tau should be ≥ 1.0, is 0.99")
     assert (out / "model.safetensors").is_file()
+
+
+def test_a_bar_that_was_asked_for_and_cannot_be_measured_is_missed(tmp_path: Path) -> None:
+    unlabelled = tmp_path / "requests.jsonl"
+    lines = [json.loads(line) for line in DATA.read_text().splitlines()]
+    unlabelled.write_text("".join(f"{json.dumps({**one, 'labels': None})}\n" for one in lines))
+    options = QuantizationOptions(
+        model=MODEL, out=tmp_path / "q", scheme="fp8", data=unlabelled, device="cpu"
+    )
+    record = quantize_model(options)
+    assert record["verdict"] == "accepted"
+    assert record["unmeasured"] == ["calibration_error_rise", "auc_loss"]
+    record = quantize_model(
+        replace(options, out=tmp_path / "r", accept={"auc_loss": 0.001, "kendall_tau": 0.5})
+    )
+    assert record["verdict"] == "refused"
+    assert record["failures"] == ["auc_loss cannot be measured on these requests"]
 
 
 def test_a_quantised_model_is_not_quantised_again(

@@ -38,7 +38,7 @@ def test_the_fit_is_that_of_least_squares(block: int) -> None:
 
 @pytest.mark.parametrize("block", [1, 2])
 @pytest.mark.parametrize("seed", range(6))
-def test_the_choice_is_among_the_better_half_of_all(block: int, seed: int) -> None:
+def test_the_choice_is_among_the_best_of_all(block: int, seed: int) -> None:
     x_TN, weight_DN = draw(50, 10, 4, seed)
     count = 10 // block
     num_kept = count // 2
@@ -53,7 +53,7 @@ def test_the_choice_is_among_the_better_half_of_all(block: int, seed: int) -> No
     assert fit.error == pytest.approx(errors[kept], rel=1e-9)
     ranked = sorted(errors.values())
     # Greedy removal and exchanges: not always the best choice.
-    assert fit.error <= ranked[len(ranked) // 2 - 1]
+    assert fit.error <= ranked[max(2, len(ranked) // 50)]
 
 
 def test_exchanges_lower_the_error_of_greedy_removal() -> None:
