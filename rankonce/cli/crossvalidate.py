@@ -59,6 +59,8 @@ def crossvalidate(
 
     rankonce crossvalidate cranfield --data cranfield/ --out runs/cranfield
     """
+    from dataclasses import asdict
+
     from rich.console import Console
 
     from rankonce.datasets.common_form import MANIFEST, open_dataset
@@ -90,6 +92,7 @@ def crossvalidate(
         out,
         config=FoldConfig(num_folds=num_folds, num_candidates=num_candidates, seed=seed),
         index=index,
+        learning=asdict(config),
     )
     tables = {
         "metrics": measure_rankers(validation, search_set, num_resamples=num_resamples),

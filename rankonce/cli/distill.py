@@ -14,6 +14,7 @@ from rankonce.cli.options import (
 from rankonce.cli.training_options import (
     BalanceOption,
     RunFolderOption,
+    SetOption,
     StartModelOption,
     StylesOption,
     check_start,
@@ -81,14 +82,7 @@ def distill(
         float, typer.Option(min=0.0, max=1.0, help="The teacher's part of a mixture.")
     ] = 0.5,
     skew: Annotated[float, typer.Option(help="The teacher's part in skewed-kl.")] = 0.1,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="NAME=VALUE",
-            help="Change a setting of training, e.g. epochs=2; may be repeated.",
-        ),
-    ] = None,
+    settings: SetOption = None,
     task_temperature: BalanceOption = 1.0,
     styles: StylesOption = False,
     seed: Annotated[

@@ -12,8 +12,10 @@ from rankonce.cli.training_options import (
     PassTokensOption,
     RunFolderOption,
     SeedOption,
+    SetOption,
     StartModelOption,
     StylesOption,
+    change_config,
     check_start,
     read_loss,
     size_option,
@@ -64,6 +66,7 @@ def finetune(
         float | None,
         typer.Option(help="Of one device, for the FLOP utilisation.", show_default="if known"),
     ] = None,
+    settings: SetOption = None,
     task_file: TaskFileOption = None,
     adapter: "AdapterConfig | None" = None,
 ) -> None:
@@ -87,16 +90,19 @@ def finetune(
         read = partial(finetune_source, valid_paths=valid or (), temperature=temperature)
         return read(data, config, tasks, losses=losses, styles=styles)
 
-    config = TrainConfig(
-        epochs=epochs,
-        learning_rate=learning_rate,
-        targets_per_step=targets_per_step,
-        max_tokens_per_pass=max_tokens_per_pass,
-        seed=seed,
-        precision=precision,  # type: ignore[arg-type]
-        gradient_checkpointing=gradient_checkpointing,
-        sharding=sharding,  # type: ignore[arg-type]
-        peak_tflops=peak_tflops,
+    config = change_config(
+        TrainConfig(
+            epochs=epochs,
+            learning_rate=learning_rate,
+            targets_per_step=targets_per_step,
+            max_tokens_per_pass=max_tokens_per_pass,
+            seed=seed,
+            precision=precision,  # type: ignore[arg-type]
+            gradient_checkpointing=gradient_checkpointing,
+            sharding=sharding,  # type: ignore[arg-type]
+            peak_tflops=peak_tflops,
+        ),
+        settings,
     )
     own_tasks = [load_task(path) for path in task_file or ()]
     run_stages(

@@ -14,9 +14,12 @@ from rankonce.cli.training_options import (
     MaybeRunFolderOption,
     PassTokensOption,
     SeedOption,
+    SetOption,
     StartModelOption,
+    change_config,
     check_start,
     size_option,
+    tell_model,
 )
 
 if TYPE_CHECKING:
@@ -91,6 +94,7 @@ def instruct(
     targets_per_step: Annotated[int, typer.Option(min=1, help="Learnt tokens of a step.")] = 4096,
     max_tokens_per_pass: PassTokensOption = 16_384,
     seed: SeedOption = 0,
+    settings: SetOption = None,
     task_file: TaskFileOption = None,
 ) -> None:
     """Train on questions about records, mixed with chat data; only answers are learnt.
@@ -144,13 +148,16 @@ def instruct(
             config, training, tasks, valid=valid or (), instructions=instructions
         )
 
-    training = TrainConfig(
-        epochs=epochs,
-        max_steps=max_steps,
-        learning_rate=learning_rate,
-        targets_per_step=targets_per_step,
-        max_tokens_per_pass=max_tokens_per_pass,
-        seed=seed,
+    training = change_config(
+        TrainConfig(
+            epochs=epochs,
+            max_steps=max_steps,
+            learning_rate=learning_rate,
+            targets_per_step=targets_per_step,
+            max_tokens_per_pass=max_tokens_per_pass,
+            seed=seed,
+        ),
+        settings,
     )
     run_stages(
         [Stage(name="instruct", load=load, config=training)],
@@ -162,7 +169,7 @@ def instruct(
         model=model,
         tasks=own_tasks,
     )
-    typer.echo(f"model: {out}", err=True)
+    tell_model(out)
 
 
 def _show(conversations: "Iterator[Conversation]", count: int) -> None:

@@ -7,15 +7,18 @@ from typing import Annotated, Literal
 
 import typer
 
-from rankonce.cli.options import quiet_transformers
+from rankonce.cli.options import is_first_process, quiet_transformers
 from rankonce.cli.training_options import (
     LearningRateOption,
     PassTokensOption,
     RunFolderOption,
     SeedOption,
+    SetOption,
     StartModelOption,
+    change_config,
     check_start,
     size_option,
+    tell_model,
 )
 
 
@@ -65,6 +68,7 @@ def pretrain(
         ),
     ] = None,
     seed: SeedOption = 0,
+    settings: SetOption = None,
 ) -> None:
     """Pretrain on texts: plain ones, items and histories in words.
 
@@ -86,23 +90,26 @@ def pretrain(
             until=until.replace(tzinfo=UTC).timestamp() if until else None,
         ),
         out,
-        config=TrainConfig(
-            epochs=epochs or 1,
-            max_steps=max_steps,
-            targets_per_step=tokens_per_step,
-            max_tokens_per_pass=max_tokens_per_pass,
-            learning_rate=learning_rate,
-            schedule=schedule,
-            buffer_size=2048,
-            seed=seed,
+        config=change_config(
+            TrainConfig(
+                epochs=epochs or 1,
+                max_steps=max_steps,
+                targets_per_step=tokens_per_step,
+                max_tokens_per_pass=max_tokens_per_pass,
+                learning_rate=learning_rate,
+                schedule=schedule,
+                buffer_size=2048,
+                seed=seed,
+            ),
+            settings,
         ),
         size=size or "10m",
         model=model,
         report=lambda line: typer.echo(line, err=True),
     )
-    if measured is not None:
+    if measured is not None and is_first_process():
         typer.echo(json.dumps(measured))
-    typer.echo(f"model: {out}", err=True)
+    tell_model(out)
 
 
 def read_weight(text: str) -> tuple[Path, float]:

@@ -96,7 +96,7 @@ def suite(
     """
     from rich.console import Console
 
-    from rankonce.evaluation.suite import run_suite, trained_tasks
+    from rankonce.evaluation.suite import run_suite
     from rankonce.evaluation.suite_data import TimeCut, example_loaders, library_loaders
     from rankonce.evaluation.suite_html import check_report
     from rankonce.evaluation.suite_report import render_suite, write_suite
@@ -141,6 +141,8 @@ def suite(
     )
     if unknown := sorted(set(named or ()) - {*ranker.tasks, ""}):
         raise TaskError(f"trained-on: no task is called {', '.join(unknown)}")
+    from rankonce.training.checkpoint import trained_tasks
+
     recorded = _EMBEDDED_TASKS if model is None else trained_tasks(Path(model))
     report = run_suite(
         ranker,

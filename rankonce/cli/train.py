@@ -29,7 +29,7 @@ def train(
     seed: Annotated[
         int | None, typer.Option(min=0, help="Of everything.", show_default="the recipe's")
     ] = None,
-    settings: Annotated[
+    stage_settings: Annotated[
         list[str] | None,
         typer.Option(
             "--set",
@@ -56,7 +56,7 @@ def train(
     chosen = find_recipe(recipe)
     if seed is not None:
         chosen = chosen.with_seed(seed)
-    chosen = chosen.with_settings(settings or ())
+    chosen = chosen.with_settings(stage_settings or ())
     chosen = replace(chosen, size=size or chosen.size)
     tasks = [load_task(path) for path in task_file or ()]
     run_recipe(

@@ -1,7 +1,7 @@
 """Options that the training commands share, and what becomes of them."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +13,7 @@ from rankonce.errors import TrainingError
 
 if TYPE_CHECKING:
     from rankonce.training.adapters import AdapterConfig
+    from rankonce.training.loop import TrainConfig
 
 _OUT: Any = typer.Option(
     "--out", file_okay=False, help="Folder of the model; a run found there goes on."
@@ -34,6 +35,14 @@ PassTokensOption = Annotated[
     int, typer.Option("--max-tokens-per-pass", min=1, help="Bounds the memory of a pass.")
 ]
 
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        help="Change a setting of training, e.g. precision=bf16; may be repeated.",
+    ),
+]
 BalanceOption = Annotated[
     float, typer.Option(min=1.0, help="Above 1, small tasks come more often.")
 ]
@@ -131,6 +140,15 @@ def read_adapter_config(
         targets=tuple(lora_target) if lora_target else None,
         quantize="nf4" if qlora else "none",
     )
+
+
+def change_config(config: "TrainConfig", settings: Sequence[str] | None) -> "TrainConfig":
+    """Change what ``--set`` names."""
+    from dataclasses import replace
+
+    from rankonce.training.recipes import read_settings
+
+    return replace(config, **read_settings(settings or ()))
 
 
 def takes_adapter(command: Callable[..., None]) -> Callable[..., None]:

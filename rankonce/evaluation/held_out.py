@@ -1,6 +1,6 @@
 """A ranker's first numbers on labelled requests, task by task, as between the stages of a run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +18,16 @@ def measure_held_out(
     """Score labelled requests with a model's folder.
 
     Args:
-        examples: with hard labels; rows without a label or with a soft one are left out.
+        examples: with labels; candidates without one are left out.
         tasks: beside those of the library.
 
     Returns:
-        By task: ``labels``, ``log_loss`` over the labels, ``distinct_score_ratio``; ``auc`` where
-        the task ranks by one label, ``ndcg@10`` where it ranks by grades.
+        By task: ``labels``, ``log_loss`` over these, soft ones by their shares,
+        ``distinct_score_ratio``; over the hard labels ``auc`` where the task ranks by one label,
+        ``ndcg@10`` where it ranks by grades.
 
     Raises:
-        DataError: no row has a hard label.
+        DataError: no candidate has a label.
     """
     # The weights' own scores: a calibration in the folder is of weights before these.
     config = RankerConfig(calibrate=False)
@@ -43,7 +44,7 @@ def measure_ranker(
         by_task.setdefault(example.request.task, []).append((example, result))
     measured = {name: _measure(ranker.tasks[name], pairs) for name, pairs in by_task.items()}
     if not any(numbers["labels"] for numbers in measured.values()):
-        raise DataError("labels: should be hard in one row at least")
+        raise DataError("labels: should be known of one candidate at least")
     return measured
 
 
@@ -57,18 +58,22 @@ def _measure(task: Task, pairs: Sequence[tuple[TrainingExample, ScoreResult]]) -
     gains, values, losses, requests = [], [], [], []
     for number, (example, result) in enumerate(pairs):
         for label, candidate in zip(example.labels, result.candidates, strict=True):
-            if isinstance(label, str):
+            if isinstance(label, Mapping):
+                losses.append(
+                    -sum(share * candidate.log_probs[name] for name, share in label.items())
+                )
+            elif isinstance(label, str):
                 gains.append(worth[label])
                 values.append(candidate.value)
                 losses.append(-candidate.log_probs[label])
                 requests.append(number)
-    numbers = {"labels": float(len(gains))}
-    if gains:
+    numbers = {"labels": float(len(losses))}
+    if losses:
         numbers["log_loss"] = float(np.mean(losses))
         numbers["distinct_score_ratio"] = float(
             np.mean([result.distinct_score_ratio for _, result in pairs])
         )
-        if task.ranking.kind == "expected_grade":
+        if gains and task.ranking.kind == "expected_grade":
             numbers["ndcg@10"] = ndcg_at_k(gains, values, requests, k=10)
         elif len(set(gains)) == 2:
             numbers["auc"] = auc(gains, values)

@@ -83,6 +83,7 @@ def crossvalidate(
     *,
     config: FoldConfig | None = None,
     index: SearchIndex | None = None,
+    learning: Mapping[str, object] | None = None,
 ) -> CrossValidation:
     """Let every ranker learn from each fold's train queries and score its test queries.
 
@@ -92,6 +93,7 @@ def crossvalidate(
         rankers: by name; each takes a fold and gives a score for every candidate of every test
             list.
         index: of the search set's documents, where it is there already.
+        learning: settings of the rankers, as JSON; finished folds are of the same ones.
 
     Raises:
         DataError: ``out`` belongs to other data or another cut, or a ranker gives another number
@@ -103,7 +105,7 @@ def crossvalidate(
     config = config or FoldConfig()
     if config.num_candidates < 10:
         raise DataError(f"num_candidates: should be at least 10, is {config.num_candidates}")
-    _claim(out, search_set, config)
+    _claim(out, search_set, config, learning or {})
     whole = index or SearchIndex(search_set.documents)
     parts = split_queries(list(search_set.queries), num_folds=config.num_folds, seed=config.seed)
     settings: list[tuple[float, float]] = []
@@ -271,9 +273,16 @@ def _write(path: Path, name: str, fold: SearchFold, ranker: FoldRanker) -> None:
     _replace(path, {"ranker": name, "seconds": taken, "lists": lists})
 
 
-def _claim(out: Path, search_set: SearchSet, config: FoldConfig) -> None:
+def _claim(
+    out: Path, search_set: SearchSet, config: FoldConfig, learning: Mapping[str, object]
+) -> None:
     """Say whose folds these are, or check that they are the same as before."""
-    record = {"dataset": search_set.name, "sha256": search_set.fingerprint, **asdict(config)}
+    record = {
+        "dataset": search_set.name,
+        "sha256": search_set.fingerprint,
+        **asdict(config),
+        "learning": json.loads(json.dumps(learning)),
+    }
     path = out / _RECORD
     if not path.exists():
         _replace(path, record)

@@ -4,11 +4,9 @@ T1 is a task that the model was trained on, asked later in time; T2 one that it 
 is how popular candidates were before, the ceiling a simulator's own probabilities.
 """
 
-import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -130,27 +128,6 @@ def run_suite(
         left_out=dict(left_out or {}),
         seconds=time.monotonic() - began,
     )
-
-
-def trained_tasks(folder: Path) -> tuple[str, ...] | None:
-    """Read from a model's run record which tasks it was trained on.
-
-    Returns:
-        Their names; ``None`` where there is no record, or none that names tasks.
-
-    Raises:
-        DataError: the record is not JSON.
-    """
-    path = folder / "run.json"
-    if not path.is_file():
-        return None
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: should be the record of a run: {error}") from error
-    tasks = record.get("tasks") if isinstance(record, dict) else None
-    # The record holds each task's name with the fingerprint of its wording.
-    return tuple(str(name) for name in tasks) if isinstance(tasks, dict | list) else None
 
 
 class _Measurement:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from rankonce.environment import describe_environment
-from rankonce.errors import TrainingError
+from rankonce.errors import DataError, TrainingError
 from rankonce.training.optimization import WeightAverage
 from rankonce.training.parallel import ParallelLearner
 
@@ -193,9 +193,37 @@ def finish_run(out: Path, *, steps: int, seconds: float) -> None:
     path = out / "run.json"
     record = json.loads(path.read_text())
     record["finished"] = {"steps": steps, "minutes": round(seconds / 60, 2)}
+    write_json(path, record)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write a file whole or not at all, whenever the process is killed."""
     unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(record, indent=2) + "\n")
+    unfinished.write_text(json.dumps(content, indent=2) + "\n")
     os.replace(unfinished, path)
+
+
+def trained_tasks(folder: Path) -> tuple[str, ...] | None:
+    """Read from a model's run record which tasks it was trained on, its start's among them.
+
+    Returns:
+        Their names; ``None`` where there is no record, or none that names tasks.
+
+    Raises:
+        DataError: the record is not JSON.
+    """
+    path = folder / "run.json"
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: should be the record of a run: {error}") from error
+    if not isinstance(record, dict) or not isinstance(record.get("tasks"), dict | list):
+        return None
+    # The record holds each task's name with the fingerprint of its wording.
+    names = (*record["tasks"], *record.get("earlier_tasks", ()))
+    return tuple(dict.fromkeys(map(str, names)))
 
 
 def is_finished(out: Path) -> bool:

@@ -1,7 +1,8 @@
 """The training loop: units in, a checkpoint out, the same bits when it is killed and resumed."""
 
+import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import count
@@ -44,6 +45,37 @@ from rankonce.training.steps import cut_into_steps, shuffle_stream, shuffle_unit
 from rankonce.training.throughput import known_peak_tflops, throughput
 
 Precision = Literal["fp32", "bf16"]
+
+
+# Numbers of a configuration, from and to.
+_BOUNDS: Mapping[str, tuple[float, float]] = {
+    **dict.fromkeys(
+        (
+            "epochs",
+            "max_steps",
+            "targets_per_step",
+            "max_tokens_per_pass",
+            "buffer_size",
+            "steps_per_checkpoint",
+        ),
+        (1, math.inf),
+    ),
+    **dict.fromkeys(
+        (
+            "warmup_share",
+            "final_share",
+            "sgd_from",
+            "dropout",
+            "first_dropout",
+            "averaging",
+        ),
+        (0, 1),
+    ),
+    **dict.fromkeys(
+        ("learning_rate", "weight_decay", "sgd_scale", "max_gradient_norm", "peak_tflops", "seed"),
+        (0, math.inf),
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +145,14 @@ class TrainConfig:
                 raise TrainingError(
                     f"{name}: should be one of {', '.join(get_args(known))}, is {value!r}"
                 )
+        for name, (least, most) in _BOUNDS.items():
+            number = getattr(self, name)
+            if number is not None and not least <= number <= most:
+                raise TrainingError(f"{name}: should be from {least:g} to {most:g}, is {number:g}")
+        # All of it would be left as it was, the last of a run's weights never kept.
+        for name in ("dropout", "first_dropout", "averaging", "warmup_share"):
+            if getattr(self, name) == 1:
+                raise TrainingError(f"{name}: should be below 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,8 +272,6 @@ def train(
                 tokens_per_s=sums.num_tokens / seconds,
                 **throughput(sums.flop / seconds, processes.count, peak_tflops),
             )
-            if position.step % config.steps_per_checkpoint == 0:
-                save_checkpoint(out, position.step, state=state, tokenizer=tokenizer)
             if progress >= 1 or position.place == 0:
                 valid = list(data.valid())
                 if valid:
@@ -245,6 +283,9 @@ def train(
                         epoch=position.epoch,
                         valid_loss=valid_loss,
                     )
+            # After the epoch's validation: a run that goes on from here does not come to it again.
+            if position.step % config.steps_per_checkpoint == 0:
+                save_checkpoint(out, position.step, state=state, tokenizer=tokenizer)
     save_kept(out, state, tokenizer)
     if processes.is_first:
         finish_run(out, steps=position.step, seconds=position.seconds)

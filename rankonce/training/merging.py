@@ -16,7 +16,7 @@ from rankonce.model.adapters import (
     read_adapter,
 )
 from rankonce.model.loading import load_model
-from rankonce.training.checkpoint import save_model, write_run_record
+from rankonce.training.checkpoint import save_model, trained_tasks, write_run_record
 
 # What a merged checkpoint can be saved in; the sum is made in FP32 all the same.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -70,6 +70,7 @@ def merge_adapter(base: str, adapter: Path, out: Path, *, dtype: str | None = No
             "adapter": str(adapter),
             "dtype": name,
             "tasks": sorted(files.tasks),
+            "earlier_tasks": list(trained_tasks(Path(base)) or ()),
         },
     )
     return name

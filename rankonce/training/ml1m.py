@@ -45,6 +45,7 @@ _ML1M_SINCE, _ML1M_UNTIL = 954_547_200, 1_049_155_200
 
 def _find_catalogue(folder: Path) -> Path | None:
     """Another catalogue lies in the folder or beside it."""
+    folder = folder.resolve()
     for place in (folder / "ml-small", folder.parent / "ml-small"):
         if place.is_dir() and place.resolve() != folder.resolve():
             return place

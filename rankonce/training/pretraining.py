@@ -11,11 +11,13 @@ from transformers import AutoTokenizer
 from rankonce.errors import DataError, TrainingError
 from rankonce.prompts.encoding import TextEncoder
 from rankonce.prompts.rendering import Renderer
+from rankonce.training.checkpoint import write_json
 from rankonce.training.corpora import list_files, open_corpora
 from rankonce.training.documents import Corpus, mix_corpora, tokenize_documents
 from rankonce.training.loop import TrainConfig, TrainingData
 from rankonce.training.model_card import write_model_card
 from rankonce.training.objectives import TokenObjective
+from rankonce.training.parallel import Processes
 from rankonce.training.runs import run_stages
 from rankonce.training.sequences import TokenSequence
 from rankonce.training.stages import Stage, StageSource, Tasks, fingerprint_files
@@ -142,8 +144,9 @@ def pretrain(
         return None
     folder = out / "stages" / f"1-{STAGE}"
     measured = measure_texts(folder, data)
-    (folder / "evaluation.json").write_text(json.dumps({"texts": measured}, indent=2) + "\n")
-    write_model_card(out, [folder], tasks=[])
+    if Processes().is_first:
+        write_json(folder / "evaluation.json", {"texts": measured})
+        write_model_card(out, [folder], tasks=[])
     return measured
 
 

@@ -8,6 +8,7 @@ OUT/stages/2-finetune/   …
 import hashlib
 import json
 import logging
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +26,14 @@ from rankonce.prompts.rendering import Renderer
 from rankonce.prompts.tasks import Task, library_tasks
 from rankonce.records import TrainingExample
 from rankonce.training.adapters import AdapterConfig, load_network
-from rankonce.training.checkpoint import finish_run, is_finished, save_model, write_run_record
+from rankonce.training.checkpoint import (
+    finish_run,
+    is_finished,
+    save_model,
+    trained_tasks,
+    write_json,
+    write_run_record,
+)
 from rankonce.training.loop import train
 from rankonce.training.model_card import write_model_card
 from rankonce.training.parallel import Processes
@@ -85,8 +93,11 @@ def run_stages(
         "model": model,
         "data": {key: value for source in sources for key, value in source.fingerprint.items()},
     }
+    if model is not None:
+        record["earlier_tasks"] = list(trained_tasks(Path(model)) or ())
     if adapter is not None and model is not None:
         record |= {"adapter": asdict(adapter), "base": fingerprint_base(model)}
+    _check_valid(sources, evaluate)
     processes = Processes()
     write_run_record(out, record, writes=processes.is_first)
     if processes.is_first:
@@ -116,7 +127,7 @@ def run_stages(
         # What the last stage is for says of every stage before it how far it has come.
         valid = source.valid or sources[-1].valid
         if processes.is_first and evaluate is not None and valid and not measured.exists():
-            measured.write_text(json.dumps(evaluate(folder, valid), indent=2) + "\n")
+            write_json(measured, evaluate(folder, valid))
         before = folder
     if processes.is_first:
         network = load_network(before, adapter, base=model)
@@ -160,6 +171,14 @@ def _load(
     return [stage for stage, _ in found], [source for _, source in found], left_out
 
 
+def _check_valid(sources: Sequence[StageSource], evaluate: Evaluate | None) -> None:
+    """Refuse held-out requests that say nothing, before the training that they are to measure."""
+    for source in sources:
+        labels = [label for example in source.valid for label in example.labels]
+        if evaluate is not None and labels and all(label is None for label in labels):
+            raise TrainingError("valid: labels: should be known of one candidate at least")
+
+
 def _check_adapter(adapter: AdapterConfig, stages: Sequence[Stage], model: str | None) -> None:
     if model is None:
         raise TrainingError("model: should be given, since an adapter learns over a checkpoint")
@@ -179,15 +198,19 @@ def _write_start(
     Args:
         tasks: whose labels become one token each, also where a later run learns them.
     """
-    if (folder / "config.json").exists():
+    if folder.exists():
         return
+    # Under its name only when it is whole.
+    unfinished = folder.with_name(f".{folder.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)
     if Path(size).is_dir():
-        network = build_like(Path(size), seed=seed)
-        save_model(folder, network, AutoTokenizer.from_pretrained(size))
-        return
-    bytewise = Renderer(TextEncoder(train_tokenizer([" "], tasks)), max_prompt_tokens=2**31)
-    texts = (text for source in sources for text in source.texts(bytewise))
-    save_model(folder, build_model(size, seed=seed), train_tokenizer(texts, tasks))
+        network, tokenizer = build_like(Path(size), seed=seed), AutoTokenizer.from_pretrained(size)
+    else:
+        bytewise = Renderer(TextEncoder(train_tokenizer([" "], tasks)), max_prompt_tokens=2**31)
+        texts = (text for source in sources for text in source.texts(bytewise))
+        network, tokenizer = build_model(size, seed=seed), train_tokenizer(texts, tasks)
+    save_model(unfinished, network, tokenizer)
+    unfinished.rename(folder)
 
 
 def _load_start(folder: Path, model: str | None, adapter: AdapterConfig | None) -> tuple[Any, int]:

@@ -24,6 +24,7 @@ from rankonce.datasets.search_sets import SearchFold
 from rankonce.errors import DataError
 from rankonce.ranker import Ranker
 from rankonce.records import ScoreRequest, TrainingExample
+from rankonce.training.checkpoint import is_finished
 from rankonce.training.loop import TrainConfig
 from rankonce.training.runs import run_stages
 from rankonce.training.stages import Stage, StageSource, Tasks, label_source
@@ -127,7 +128,7 @@ def _run(
     def load(_: Path, __: TrainConfig, tasks: Tasks) -> StageSource:
         return label_source(epoch, tasks=tasks, fingerprint=fingerprint)
 
-    if not (out / "config.json").exists():
+    if not is_finished(out):
         run_stages(
             [Stage(name=name, load=load, config=config)],
             out,

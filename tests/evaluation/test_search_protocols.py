@@ -106,6 +106,8 @@ def test_a_folder_of_other_folds_is_refused(tmp_path: Path) -> None:
         crossvalidate(search_set, rankers, tmp_path, config=replace(CONFIG, seed=1))
     with pytest.raises(DataError, match="another sha256"):
         crossvalidate(planted_set(seed=1), rankers, tmp_path, config=CONFIG)
+    with pytest.raises(DataError, match="another learning"):
+        crossvalidate(search_set, rankers, tmp_path, config=CONFIG, learning={"size": "3m"})
     assert json.loads((tmp_path / "crossvalidation.json").read_text())["seed"] == 0
 
 

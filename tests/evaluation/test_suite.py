@@ -16,7 +16,7 @@ import pytest
 
 from rankonce.errors import DataError
 from rankonce.evaluation.metrics import auc
-from rankonce.evaluation.suite import run_suite, trained_tasks
+from rankonce.evaluation.suite import run_suite
 from rankonce.evaluation.suite_arms import (
     InapplicableArmError,
     make_arms,
@@ -62,6 +62,7 @@ from rankonce.records import (
     TokenUsage,
     TrainingExample,
 )
+from rankonce.training.checkpoint import trained_tasks
 from tests.conftest import data_folder
 
 # Two domains; yes or no, three labels and grades; with a history and without.
@@ -390,6 +391,9 @@ def test_the_run_record_names_the_tasks_of_training(tmp_path: Path) -> None:
     record = tmp_path / "run.json"
     record.write_text(json.dumps({"tasks": {"movie-like": "0ab", "song-next": "1cd"}}))
     assert trained_tasks(tmp_path) == ("movie-like", "song-next")
+    later = {"tasks": {"song-next": "1cd", "song-like": "2ef"}, "earlier_tasks": ["movie-like"]}
+    record.write_text(json.dumps(later))
+    assert trained_tasks(tmp_path) == ("song-next", "song-like", "movie-like")
     record.write_text(json.dumps({"recipe": "ml1m"}))
     assert trained_tasks(tmp_path) is None
     record.write_text("{")
