@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from hypothesis import settings
 
 if not torch.cuda.is_available():
     # Read when Triton is first imported, which some versions of transformers do: its kernels then
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
 # What follows imports RankOnce where it needs it: the kernels' tests run where the libraries of
 # prompts and serving are not installed.
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+
+# How long an example takes says what else the machine does, not whether it is right.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
