@@ -1,5 +1,6 @@
 """Runs against a baseline on the same rows, and the rules that were written before."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,8 +54,8 @@ class Comparer:
 
     def __init__(self, *, num_resamples: int = 2000) -> None:
         self._num_resamples = num_resamples
-        self._frames: dict[Path, pl.DataFrame] = {}
-        self._resamples: dict[tuple[Path, str], Floats] = {}
+        # By file and metric: which rows it holds, and its resamples. The rows do not stay.
+        self._known: dict[tuple[Path, str], tuple[str, Floats]] = {}
 
     def compare(
         self, run: str, against: str, scores: Mapping[tuple[str, str], Path], *, metric: str
@@ -69,18 +70,15 @@ class Comparer:
             ExperimentError: two files hold other rows.
         """
         settings = [one for name, one in scores if name == run and (against, one) in scores]
-        files = [scores[name, setting] for setting in settings for name in (run, against)]
-        for path in files:
-            first, frame = self._read(files[0]), self._read(path)
-            if not all(frame[name].equals(first[name]) for name in ("user_id", "label")):
-                raise ExperimentError(
-                    f"compare: {run} and {against} should be measured on the same rows"
-                )
-        differences = [
-            self._resample(scores[run, setting], metric)
-            - self._resample(scores[against, setting], metric)
+        pairs = [
+            tuple(self._resample(scores[name, setting], metric) for name in (run, against))
             for setting in settings
         ]
+        if len({rows for pair in pairs for rows, _ in pair}) > 1:
+            raise ExperimentError(
+                f"compare: {run} and {against} should be measured on the same rows"
+            )
+        differences = [first - second for (_, first), (_, second) in pairs]
         found = [
             _summarise(run, against, metric, setting, [difference])
             for setting, difference in zip(settings, differences, strict=True)
@@ -89,19 +87,16 @@ class Comparer:
             found.append(_summarise(run, against, metric, "", differences))
         return found
 
-    def _read(self, path: Path) -> pl.DataFrame:
-        if path not in self._frames:
-            self._frames[path] = _read(path)
-        return self._frames[path]
-
-    def _resample(self, path: Path, metric: str) -> Floats:
-        if (path, metric) not in self._resamples:
-            frame = self._read(path)
+    def _resample(self, path: Path, metric: str) -> tuple[str, Floats]:
+        if (path, metric) not in self._known:
+            frame = _read(path)
+            rows = frame.select("user_id", "label").hash_rows().to_numpy()
             weighted = METRICS[metric](frame["label"], frame["score"], frame["user_id"])
-            self._resamples[path, metric] = resample(
-                weighted, frame["user_id"], num_resamples=self._num_resamples
+            self._known[path, metric] = (
+                hashlib.sha256(rows.tobytes()).hexdigest(),
+                resample(weighted, frame["user_id"], num_resamples=self._num_resamples),
             )
-        return self._resamples[path, metric]
+        return self._known[path, metric]
 
 
 def _summarise(
