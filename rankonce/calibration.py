@@ -88,22 +88,20 @@ class CalibrationTable(BaseModel):
     tasks: Mapping[str, Calibration]
 
 
-def scaled_gains(task: Task) -> Floats:
+def scaled_grades(task: Task) -> Floats:
     """Return the worth of every label between 0 and 1: g_L.
 
     Where the task ranks by log-odds it is 1 for the ranked label alone.
     """
-    if task.ranking.kind == "log_odds":
-        return np.array([float(name == task.ranking.label) for name in task.label_names])
-    grades = np.array([float(label.grade or 0.0) for label in task.labels])
+    grades = np.array(task.grades)
     span = grades.max() - grades.min()
     return (grades - grades.min()) / span if span else np.zeros(len(grades))
 
 
-def relevance_logits(log_probs_CL: Floats, gains_L: Floats) -> Floats:
+def relevance_logits(log_probs_CL: Floats, grades_L: Floats) -> Floats:
     """Return the log-odds of the mean gain, precise at both ends."""
     with np.errstate(divide="ignore"):
-        up_L, down_L = np.log(gains_L), np.log1p(-gains_L)
+        up_L, down_L = np.log(grades_L), np.log1p(-grades_L)
     up_C = np.logaddexp.reduce(log_probs_CL + up_L, axis=1)
     down_C = np.logaddexp.reduce(log_probs_CL + down_L, axis=1)
     return np.asarray(up_C - down_C)
@@ -120,9 +118,9 @@ def calibrate_log_probs(
     Returns:
         Calibrated log-probabilities [C, L], and ranking values [C] that rise with the model's own.
     """
-    gains_L = scaled_gains(task)
-    targets_C = calibration.apply(relevance_logits(log_probs_CL, gains_L))
-    tilted_CL = _tilt(log_probs_CL, gains_L, targets_C)
+    grades_L = scaled_grades(task)
+    targets_C = calibration.apply(relevance_logits(log_probs_CL, grades_L))
+    tilted_CL = _tilt(log_probs_CL, grades_L, targets_C)
     if task.ranking.kind == "log_odds":
         return tilted_CL, targets_C
     grades = [float(label.grade or 0.0) for label in task.labels]
@@ -130,26 +128,26 @@ def calibrate_log_probs(
     return tilted_CL, min(grades) + (max(grades) - min(grades)) * shares_C
 
 
-def _tilt(log_probs_CL: Floats, gains_L: Floats, targets_C: Floats) -> Floats:
+def _tilt(log_probs_CL: Floats, grades_L: Floats, targets_C: Floats) -> Floats:
     """Find the distributions nearest to the model's whose mean gain has these log-odds."""
-    if set(gains_L.tolist()) <= {0.0, 1.0}:
-        tilts_C = targets_C - relevance_logits(log_probs_CL, gains_L)
+    if set(grades_L.tolist()) <= {0.0, 1.0}:
+        tilts_C = targets_C - relevance_logits(log_probs_CL, grades_L)
     else:
         low_C = np.full(len(targets_C), -_LARGEST_TILT)
         high_C = -low_C
         for _ in range(_NUM_HALVINGS):
             tilts_C = (low_C + high_C) / 2
             too_low_C = (
-                relevance_logits(_tilted(log_probs_CL, gains_L, tilts_C), gains_L) < targets_C
+                relevance_logits(_tilted(log_probs_CL, grades_L, tilts_C), grades_L) < targets_C
             )
             low_C = np.where(too_low_C, tilts_C, low_C)
             high_C = np.where(too_low_C, high_C, tilts_C)
         tilts_C = (low_C + high_C) / 2
-    return _tilted(log_probs_CL, gains_L, tilts_C)
+    return _tilted(log_probs_CL, grades_L, tilts_C)
 
 
-def _tilted(log_probs_CL: Floats, gains_L: Floats, tilts_C: Floats) -> Floats:
-    moved_CL = log_probs_CL + tilts_C[:, None] * gains_L
+def _tilted(log_probs_CL: Floats, grades_L: Floats, tilts_C: Floats) -> Floats:
+    moved_CL = log_probs_CL + tilts_C[:, None] * grades_L
     return np.asarray(moved_CL - np.logaddexp.reduce(moved_CL, axis=1)[:, None])
 
 

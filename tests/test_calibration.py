@@ -15,7 +15,7 @@ from rankonce.calibration import (
     calibrate_log_probs,
     read_calibrations,
     relevance_logits,
-    scaled_gains,
+    scaled_grades,
     write_calibrations,
 )
 from rankonce.errors import ModelError
@@ -85,13 +85,13 @@ def test_grades_keep_their_proportions_but_for_a_tilt_by_their_worth() -> None:
     task = library_tasks()["search-relevance"]
     log_probs_CL = draw_log_probs(task.name)
     calibrated_CL, _ = calibrate_log_probs(log_probs_CL, task, METHODS[1])
-    gains_L = scaled_gains(task)
-    assert gains_L.tolist() == [0.0, 0.25, 0.5, 0.75, 1.0]
+    grades_L = scaled_grades(task)
+    assert grades_L.tolist() == [0.0, 0.25, 0.5, 0.75, 1.0]
     moved_CL = calibrated_CL - log_probs_CL
     steps = np.diff(moved_CL, axis=1)
     assert steps == pytest.approx(np.repeat(steps[:, :1], 4, axis=1), abs=1e-9)
-    targets_C = METHODS[1].apply(relevance_logits(log_probs_CL, gains_L))
-    assert relevance_logits(calibrated_CL, gains_L) == pytest.approx(targets_C, abs=1e-7)
+    targets_C = METHODS[1].apply(relevance_logits(log_probs_CL, grades_L))
+    assert relevance_logits(calibrated_CL, grades_L) == pytest.approx(targets_C, abs=1e-7)
 
 
 def test_isotonic_is_straight_between_knots_and_level_outside() -> None:

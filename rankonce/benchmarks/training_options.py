@@ -240,7 +240,7 @@ def measure_labels(network: Any, valid: Sequence[TokenizedExample]) -> dict[str,
         for group in batch.groups:
             log_probs_RL = head.label_logprobs(hidden_CD[group.rows_R], group.label_ids)
             losses.append(-(group.targets_RL * log_probs_RL).sum(1))
-            is_ranked_L = group.gains_L > 0
+            is_ranked_L = group.grades_L > 0
             likes.append(group.targets_RL[:, is_ranked_L].sum(1))
             values.append(log_probs_RL[:, is_ranked_L].logsumexp(1))
     return {

@@ -26,7 +26,7 @@ class TaughtRows:
         log_probs_RL, teacher_RL: log P(label) among the labels, the student's and the teacher's.
         weights_R: how much a row counts; from 0.
         slates_R: which request a row belongs to.
-        gains_L: worth of every label: its grade, or 1 for the one whose log-odds rank.
+        grades_L: the labels' grades, or 1 for the one whose log-odds rank.
         ranking: how the ranking value comes from the probabilities.
         temperature: of the divergences.
         skew: the teacher's part of the mixture that ``skewed_kl`` compares with, between 0 and 1.
@@ -37,7 +37,7 @@ class TaughtRows:
     teacher_RL: Tensor
     weights_R: Tensor
     slates_R: Tensor
-    gains_L: Tensor
+    grades_L: Tensor
     ranking: Literal["log_odds", "expected_grade"]
     temperature: float = 1.0
     skew: float = 0.1
@@ -98,8 +98,8 @@ def pairwise_margin(rows: TaughtRows) -> Tensor:
     A margin is the difference of two ranking values. A slate is the mean over its pairs, times its
     rows; a pair weighs as the product of its rows. A slate of one row teaches nothing.
     """
-    values_R = ranking_values(rows.log_probs_RL, rows.gains_L, rows.ranking)
-    wanted_R = ranking_values(rows.teacher_RL, rows.gains_L, rows.ranking)
+    values_R = ranking_values(rows.log_probs_RL, rows.grades_L, rows.ranking)
+    wanted_R = ranking_values(rows.teacher_RL, rows.grades_L, rows.ranking)
     weights_R, difference_R = rows.weights_R, values_R - wanted_R
     total_N = _sum_by_slate(weights_R, rows.slates_R)
     mean_N = _sum_by_slate(weights_R * difference_R, rows.slates_R) / total_N.clamp(min=1e-12)

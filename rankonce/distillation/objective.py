@@ -181,7 +181,7 @@ class DistillObjective:
             teacher_RL=lesson.teacher_RL,
             weights_R=lesson.teacher_R,
             slates_R=group.slates_R,
-            gains_L=group.gains_L,
+            grades_L=group.grades_L,
             ranking=group.ranking,
             temperature=self.config.temperature,
             skew=self.config.skew,
@@ -203,6 +203,6 @@ def _known_rows(group: LabelGroup, served_RL: Tensor, teacher_share: float) -> K
         teacher_RL=group.teacher_RL.nan_to_num(uniform),
         is_taught_R=is_taught_R,
         own_RL=served_RL.detach(),
-        gains_L=group.gains_L,
+        grades_L=group.grades_L,
         teacher_share=teacher_share,
     )

@@ -22,7 +22,7 @@ class KnownRows:
         teacher_RL: the teacher's log-probabilities, uniform in rows that it was not asked of.
         is_taught_R: which rows it was asked of.
         own_RL: the served read-out's own log-probabilities, without gradient.
-        gains_L: worth of every label.
+        grades_L: worth of every label.
         teacher_share: the teacher's part of a mixture, in 0..1.
     """
 
@@ -31,7 +31,7 @@ class KnownRows:
     teacher_RL: Tensor
     is_taught_R: Tensor
     own_RL: Tensor
-    gains_L: Tensor
+    grades_L: Tensor
     teacher_share: float
 
 
@@ -96,7 +96,7 @@ def larger(rows: KnownRows) -> Sequence[Lesson]:
     Of two labels this is the larger probability of the one that ranks; of grades, the distribution
     with the larger expected grade.
     """
-    is_higher_R = rows.teacher_RL.exp() @ rows.gains_L > rows.labels_RL @ rows.gains_L
+    is_higher_R = rows.teacher_RL.exp() @ rows.grades_L > rows.labels_RL @ rows.grades_L
     takes_R = rows.is_taught_R & (is_higher_R | ~rows.is_labelled_R)
     teacher_R = _weights(rows, takes_R)
     return [_served(rows, 1 - teacher_R, teacher_R)]
@@ -110,7 +110,7 @@ def self_auxiliary(rows: KnownRows) -> Sequence[Lesson]:
     would learn nothing of these rows: hence the second one.
     """
     labels_R = _weights(rows, rows.is_labelled_R)
-    is_positive_R = (rows.labels_RL @ rows.gains_L > rows.gains_L.min()) & rows.is_labelled_R
+    is_positive_R = (rows.labels_RL @ rows.grades_L > rows.grades_L.min()) & rows.is_labelled_R
     hard_R = _weights(rows, is_positive_R)
     return [
         _served(rows, labels_R, torch.zeros_like(labels_R)),

@@ -15,7 +15,7 @@ from rankonce.calibration import (
     Floats,
     Method,
     relevance_logits,
-    scaled_gains,
+    scaled_grades,
 )
 from rankonce.errors import DataError, MissingDependencyError
 from rankonce.evaluation.metrics import expected_calibration_error, log_loss
@@ -80,7 +80,7 @@ def score_labels(
     return {
         name: ScoredLabels(
             logits_N=relevance_logits(
-                np.array([row for row, _, _ in found]), scaled_gains(ranker.tasks[name])
+                np.array([row for row, _, _ in found]), scaled_grades(ranker.tasks[name])
             ),
             targets_N=np.array([target for _, target, _ in found]),
             groups_N=np.array([group for _, _, group in found]),
@@ -200,5 +200,5 @@ def _measure(targets_N: Floats, logits_N: Floats) -> dict[str, float]:
 def _worth(task: Task, shares: Mapping[str, float]) -> float:
     if not set(shares) <= set(task.label_names):
         raise DataError(f"labels: should be of {', '.join(task.label_names)}, is {shares!r}")
-    gains = dict(zip(task.label_names, scaled_gains(task).tolist(), strict=True))
-    return float(sum(gains[name] * share for name, share in shares.items()))
+    grades = dict(zip(task.label_names, scaled_grades(task).tolist(), strict=True))
+    return float(sum(grades[name] * share for name, share in shares.items()))

@@ -7,6 +7,7 @@ import numpy as np
 
 from rankonce.errors import DataError
 from rankonce.evaluation.metrics import auc, ndcg_at_k
+from rankonce.evaluation.weighted_metrics import exponential_gains
 from rankonce.prompts.tasks import Task
 from rankonce.ranker import Ranker, RankerConfig
 from rankonce.records import ScoreResult, TrainingExample
@@ -49,13 +50,8 @@ def measure_ranker(
 
 
 def _measure(task: Task, pairs: Sequence[tuple[TrainingExample, ScoreResult]]) -> dict[str, float]:
-    worth = {
-        label.name: label.grade or 0.0
-        if task.ranking.kind == "expected_grade"
-        else float(label.name == task.ranking.label)
-        for label in task.labels
-    }
-    gains, values, losses, requests = [], [], [], []
+    grade_of = dict(zip(task.label_names, task.grades, strict=True))
+    grades, values, losses, requests = [], [], [], []
     for number, (example, result) in enumerate(pairs):
         for label, candidate in zip(example.labels, result.candidates, strict=True):
             if isinstance(label, Mapping):
@@ -63,7 +59,7 @@ def _measure(task: Task, pairs: Sequence[tuple[TrainingExample, ScoreResult]]) -
                     -sum(share * candidate.log_probs[name] for name, share in label.items())
                 )
             elif isinstance(label, str):
-                gains.append(worth[label])
+                grades.append(grade_of[label])
                 values.append(candidate.value)
                 losses.append(-candidate.log_probs[label])
                 requests.append(number)
@@ -73,8 +69,8 @@ def _measure(task: Task, pairs: Sequence[tuple[TrainingExample, ScoreResult]]) -
         numbers["distinct_score_ratio"] = float(
             np.mean([result.distinct_score_ratio for _, result in pairs])
         )
-        if gains and task.ranking.kind == "expected_grade":
-            numbers["ndcg@10"] = ndcg_at_k(gains, values, requests, k=10)
-        elif len(set(gains)) == 2:
-            numbers["auc"] = auc(gains, values)
+        if grades and task.ranking.kind == "expected_grade":
+            numbers["ndcg@10"] = ndcg_at_k(exponential_gains(grades), values, requests, k=10)
+        elif len(set(grades)) == 2:
+            numbers["auc"] = auc(grades, values)
     return numbers

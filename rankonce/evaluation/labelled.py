@@ -75,22 +75,23 @@ def evaluate_examples(
             if not tables:
                 tokens["computed_tokens"] += result.usage.computed_tokens
                 tokens["separate_tokens"] += result.usage.separate_tokens
-            worth = _worth(ranker.tasks[example.request.task])
+            task = ranker.tasks[example.request.task]
+            grade_of = dict(zip(task.label_names, task.grades, strict=True))
             for label, candidate in zip(example.labels, result.candidates, strict=True):
                 if not isinstance(label, str):
                     continue
-                if label not in worth:
+                if label not in grade_of:
                     raise DataError(
-                        f"labels: request {number + 1} should have {', '.join(worth)} or null, "
+                        f"labels: request {number + 1} should have {', '.join(grade_of)} or null, "
                         f"has {label!r}"
                     )
-                shares = np.exp([candidate.log_probs[one] for one in worth])
+                shares = np.exp([candidate.log_probs[one] for one in grade_of])
                 values.append(
                     {
                         "task": example.request.task,
                         "user_id": number,
-                        "label": worth[label],
-                        "score": float(shares @ list(worth.values())),
+                        "label": grade_of[label],
+                        "score": float(shares @ task.grades),
                     }
                 )
         tables[name] = pl.DataFrame(values)
@@ -138,12 +139,6 @@ def _score(ranker: Ranker, requests: Sequence[ScoreRequest]) -> list[ScoreResult
             except RankOnceError as error:
                 raise DataError(f"request {number}: {error}") from error
         raise
-
-
-def _worth(task: Task) -> dict[str, float]:
-    if task.ranking.kind == "expected_grade":
-        return {label.name: label.grade or 0.0 for label in task.labels}
-    return {label.name: float(label.name == task.ranking.label) for label in task.labels}
 
 
 def _metrics_of(task: Task) -> tuple[str, ...]:

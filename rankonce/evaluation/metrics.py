@@ -86,8 +86,9 @@ def uauc(labels: ArrayLike, scores: ArrayLike, members: ArrayLike) -> float:
 def ndcg_at_k(gains: ArrayLike, scores: ArrayLike, members: ArrayLike, *, k: int) -> float:
     """Mean over members of DCG@k over the best possible DCG@k (Järvelin, Kekäläinen, 2002).
 
-    A gain is taken as it is (pass ``2**grade - 1`` for the exponential form) and divided by
-    log2(rank + 1). Rows of equal score share the mean of their discounts (McSherry, Najork, 2008).
+    A gain is taken as it is (``METRICS["ndcg@10"]`` takes ``exponential_gains`` of its labels) and
+    divided by log2(rank + 1). Rows of equal score share the mean of their discounts (McSherry,
+    Najork, 2008).
 
     Args:
         gains: ≥ 0, one a row.

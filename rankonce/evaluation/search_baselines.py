@@ -13,6 +13,7 @@ from rankonce.datasets.search_index import Floats, SearchIndex, tokenize_texts
 from rankonce.datasets.search_sets import SearchFold, SearchSet
 from rankonce.errors import MissingDependencyError
 from rankonce.evaluation.metrics import ndcg_at_k
+from rankonce.evaluation.weighted_metrics import exponential_gains
 from rankonce.records import ScoreRequest
 
 FoldRanker = Callable[[SearchFold], list[Floats]]
@@ -63,11 +64,6 @@ def choose_bm25(
         return ndcg_at_k(gains, scores, members, k=10)
 
     return max(product(_K1, _B), key=measure)
-
-
-def exponential_gains(grades: Sequence[int] | np.ndarray) -> Floats:
-    """2^grade - 1: a complete answer is worth fifteen documents of minimum interest."""
-    return np.exp2(np.asarray(grades, dtype=np.float64)) - 1
 
 
 def score_by_bm25(fold: SearchFold) -> list[Floats]:

@@ -30,7 +30,8 @@ from rankonce.evaluation.metrics import (
     paired_bootstrap_over_members,
 )
 from rankonce.evaluation.report import EvaluationRow
-from rankonce.evaluation.search_baselines import FoldRanker, choose_bm25, exponential_gains
+from rankonce.evaluation.search_baselines import FoldRanker, choose_bm25
+from rankonce.evaluation.weighted_metrics import exponential_gains
 
 NDCG = "ndcg@10"
 FIRST_STAGE = "BM25"
@@ -157,7 +158,7 @@ def measure_rankers(
     for name, lists in validation.lists.items():
         grades, scores, members = _rows(lists, search_set, whole=True)
         estimate = bootstrap_over_members(
-            NDCG, exponential_gains(grades), scores, members, num_resamples=num_resamples
+            NDCG, grades, scores, members, num_resamples=num_resamples
         )
         found, found_scores, found_members = _rows(lists, search_set, whole=False)
         rows.append(

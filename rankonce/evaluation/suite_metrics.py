@@ -16,6 +16,7 @@ from rankonce.evaluation.metrics import Estimate, bootstrap
 from rankonce.evaluation.suite_data import SuiteRequest
 from rankonce.evaluation.weighted_metrics import (
     WeightedMetric,
+    exponential_gains,
     weighted_auc,
     weighted_calibration_error,
     weighted_entropy,
@@ -78,7 +79,7 @@ class Rows:
     @property
     def grades(self) -> Floats:
         """The labels' grades, N; those of a binary task are 1 for the label it ranks by, else 0."""
-        return _grades(self.task)[self.labels_N]
+        return np.array(self.task.grades)[self.labels_N]
 
 
 def is_graded(task: Task) -> bool:
@@ -197,11 +198,11 @@ def _graded_metrics(rows: Rows, scores: Scores) -> dict[str, WeightedMetric]:
         base = -float(shares @ np.log(np.where(shares > 0, shares, 1.0)))
         return loss(weights) / base if base else np.nan
 
+    gains = exponential_gains(rows.grades)
     return {
         "concordance": weighted_concordance(rows.grades, scores.values_N, rows.requests_N),
         "accuracy": lambda weights: float(weights @ hits / weights.sum()),
-        # Twice the grade counts more than twice: the usual gain of graded relevance.
-        "ndcg@10": weighted_ndcg(2**rows.grades - 1, scores.values_N, rows.requests_N, k=10),
+        "ndcg@10": weighted_ndcg(gains, scores.values_N, rows.requests_N, k=10),
         "log_loss": loss,
         "normalised_entropy": entropy,
         # Of the most probable label: how far its probability is from how often it is right.
@@ -359,9 +360,3 @@ def _ranges(values_N: Ints, ends: Sequence[int]) -> dict[str, NDArray[np.bool_]]
         low = end + 1
     places = np.searchsorted(ends, values_N)
     return {name: places == place for place, name in enumerate([*names, f">{ends[-1]}"])}
-
-
-def _grades(task: Task) -> Floats:
-    if is_graded(task):
-        return np.array([float(label.grade or 0.0) for label in task.labels])
-    return np.array([float(name == task.ranking.label) for name in task.label_names])

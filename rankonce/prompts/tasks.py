@@ -239,10 +239,18 @@ class Task(_Strict):
         """The answers in the task's order, the L of every score."""
         return tuple(label.name for label in self.labels)
 
+    @property
+    def grades(self) -> tuple[float, ...]:
+        """The labels' grades, L; where log-odds rank, 1 for the ranked label and else 0."""
+        if self.ranking.kind == "log_odds":
+            return tuple(float(name == self.ranking.label) for name in self.label_names)
+        return tuple(float(label.grade or 0.0) for label in self.labels)
+
     def ranking_value(self, log_probs: Mapping[str, float]) -> float:
         """Turn log P(label) into the number that candidates are ordered by."""
         if self.ranking.kind == "expected_grade":
-            return sum(math.exp(log_probs[x.name]) * float(x.grade or 0.0) for x in self.labels)
+            rows = zip(self.label_names, self.grades, strict=True)
+            return sum(math.exp(log_probs[name]) * grade for name, grade in rows)
         others = [log_probs[name] for name in self.label_names if name != self.ranking.label]
         top = max(others)
         rest = top + math.log(sum(math.exp(other - top) for other in others))

@@ -30,7 +30,7 @@ class TokenizedExample:
     Attributes:
         targets: for each candidate a probability for each label, or ``None`` where the label is
             not known.
-        gains: worth of every label: its grade, or 1 for the one whose log-odds rank.
+        grades: the labels' grades, or 1 for the one whose log-odds rank.
         ranking: how the task's ranking value comes from the probabilities.
         teacher: for each candidate a teacher's log-probability for each label, or ``None`` where
             it was not asked; ``None`` without a teacher.
@@ -38,7 +38,7 @@ class TokenizedExample:
 
     tokens: TokenizedRequest
     targets: tuple[Target, ...]
-    gains: tuple[float, ...]
+    grades: tuple[float, ...]
     ranking: Literal["log_odds", "expected_grade"]
     teacher: tuple[Target, ...] | None = None
 
@@ -67,7 +67,7 @@ class LabelGroup:
         rows_R: the rows among the pass's score rows.
         targets_RL: the probability of every label; NaN in rows that only a teacher labelled.
         slates_R: which request a row belongs to, from 0.
-        gains_L: worth of every label.
+        grades_L: worth of every label.
         teacher_RL: a teacher's log-probabilities; NaN in rows that it was not asked of.
     """
 
@@ -75,7 +75,7 @@ class LabelGroup:
     rows_R: Tensor
     targets_RL: Tensor
     slates_R: Tensor
-    gains_L: Tensor
+    grades_L: Tensor
     ranking: Literal["log_odds", "expected_grade"]
     teacher_RL: Tensor
 
@@ -204,14 +204,10 @@ class WordingChoice:
 
 
 def _tokenize(example: TrainingExample, renderer: Renderer, task: Task) -> TokenizedExample:
-    graded = task.ranking.kind == "expected_grade"
     return TokenizedExample(
         tokens=renderer.render(task, example.request).tokens,
         targets=tuple(_target(label, task.label_names) for label in example.labels),
-        gains=tuple(
-            float(label.grade or 0.0) if graded else float(label.name == task.ranking.label)
-            for label in task.labels
-        ),
+        grades=task.grades,
         ranking=task.ranking.kind,
         teacher=None
         if example.teacher is None
@@ -284,10 +280,10 @@ def pack_examples(
     groups: dict[Any, tuple[list[int], list[Target], list[int], list[Target]]] = {}
     row = 0
     for example in examples:
-        key = (example.tokens.label_ids, example.gains, example.ranking)
+        key = (example.tokens.label_ids, example.grades, example.ranking)
         rows, targets, slates, teacher = groups.setdefault(key, ([], [], [], []))
         slate = slates[-1] + 1 if slates else 0
-        unknown = (math.nan,) * len(example.gains)
+        unknown = (math.nan,) * len(example.grades)
         for target, said in example.lessons:
             if target is not None or said is not None:
                 rows.append(row)
@@ -307,11 +303,11 @@ def pack_examples(
                 rows_R=place(rows),
                 targets_RL=place(targets),
                 slates_R=place(slates),
-                gains_L=place(gains),
+                grades_L=place(grades),
                 ranking=ranking,
                 teacher_RL=place(teacher),
             )
-            for (ids, gains, ranking), (rows, targets, slates, teacher) in groups.items()
+            for (ids, grades, ranking), (rows, targets, slates, teacher) in groups.items()
             if rows
         ),
     )

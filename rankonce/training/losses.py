@@ -29,32 +29,32 @@ class LabelRows:
         log_probs_RL: log P(label) among the labels, FP32.
         targets_RL: the probability of every label that is to be learnt.
         slates_R: which request a row belongs to; rows of a slate stand together.
-        gains_L: worth of every label: its grade, or 1 for the one whose log-odds rank.
+        grades_L: the labels' grades, or 1 for the one whose log-odds rank.
         ranking: how the ranking value comes from the probabilities.
     """
 
     log_probs_RL: Tensor
     targets_RL: Tensor
     slates_R: Tensor
-    gains_L: Tensor
+    grades_L: Tensor
     ranking: Literal["log_odds", "expected_grade"]
 
     @property
     def values_R(self) -> Tensor:  # noqa: N802
         """The ranking values."""
-        return ranking_values(self.log_probs_RL, self.gains_L, self.ranking)
+        return ranking_values(self.log_probs_RL, self.grades_L, self.ranking)
 
     @property
     def worth_R(self) -> Tensor:  # noqa: N802
         """What the rows are worth by their targets."""
-        return self.targets_RL @ self.gains_L
+        return self.targets_RL @ self.grades_L
 
 
-def ranking_values(log_probs_RL: Tensor, gains_L: Tensor, ranking: str) -> Tensor:
+def ranking_values(log_probs_RL: Tensor, grades_L: Tensor, ranking: str) -> Tensor:
     """Return the values that R rows are ranked by: log-odds, or expected grades."""
     if ranking == "expected_grade":
-        return log_probs_RL.exp() @ gains_L
-    is_ranked_L = gains_L > 0
+        return log_probs_RL.exp() @ grades_L
+    is_ranked_L = grades_L > 0
     return log_probs_RL[:, is_ranked_L].logsumexp(1) - log_probs_RL[:, ~is_ranked_L].logsumexp(1)
 
 

@@ -82,7 +82,7 @@ class LabelObjective:
                     log_probs_RL=head.label_logprobs(hidden_CD[group.rows_R], group.label_ids),
                     targets_RL=group.targets_RL,
                     slates_R=group.slates_R,
-                    gains_L=group.gains_L,
+                    grades_L=group.grades_L,
                     ranking=group.ranking,
                 )
                 for name, weight in self.losses.items():

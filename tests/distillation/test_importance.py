@@ -17,7 +17,7 @@ LABELS = ((5,), (9,))
 def example(*segments: tuple[int, ...], prefix: tuple[int, ...]) -> TokenizedExample:
     tokens = TokenizedRequest(prefix_ids=prefix, segment_ids=segments, label_ids=LABELS)
     targets = tuple((1.0, 0.0) if place % 2 else (0.0, 1.0) for place in range(len(segments)))
-    return TokenizedExample(tokens=tokens, targets=targets, gains=(1.0, 0.0), ranking="log_odds")
+    return TokenizedExample(tokens=tokens, targets=targets, grades=(1.0, 0.0), ranking="log_odds")
 
 
 # One candidate each: a prompt of plain transformers is the whole example.

@@ -29,7 +29,7 @@ def build_rows(*, graded: bool, temperature: float = 1.0) -> TaughtRows:
         teacher_RL=(3 * random(10, num_labels)).log_softmax(1),
         weights_R=torch.tensor(_WEIGHTS, dtype=torch.float64),
         slates_R=torch.tensor(_SLATES),
-        gains_L=torch.tensor([3, 2, 0.5, 0] if graded else [1, 0], dtype=torch.float64),
+        grades_L=torch.tensor([3, 2, 0.5, 0] if graded else [1, 0], dtype=torch.float64),
         ranking="expected_grade" if graded else "log_odds",
         temperature=temperature,
         skew=0.2,
@@ -54,7 +54,7 @@ def mix(p: list[float], q: list[float], share: float) -> list[float]:
 def value(row: Any, rows: TaughtRows) -> float:
     if rows.ranking == "log_odds":
         return float(row[0] - row[1])
-    return sum(math.exp(x) * float(g) for x, g in zip(row, rows.gains_L, strict=True))
+    return sum(math.exp(x) * float(g) for x, g in zip(row, rows.grades_L, strict=True))
 
 
 def row_loss(name: str, rows: TaughtRows, i: int) -> float:

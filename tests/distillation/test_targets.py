@@ -18,7 +18,7 @@ def build_rows(*, share: float = 0.25) -> KnownRows:
         teacher_RL=teacher.log(),
         is_taught_R=torch.tensor([True, True, False, True, True]),
         own_RL=torch.tensor([[0.6, 0.4]] * 5).log(),
-        gains_L=torch.tensor([1.0, 0.0]),
+        grades_L=torch.tensor([1.0, 0.0]),
         teacher_share=share,
     )
 
@@ -73,7 +73,7 @@ def test_a_mixture_has_the_gradient_of_a_mixed_label() -> None:
         teacher_RL=lesson.teacher_RL,
         weights_R=lesson.teacher_R,
         slates_R=torch.zeros(5, dtype=torch.long),
-        gains_L=rows.gains_L,
+        grades_L=rows.grades_L,
         ranking="log_odds",
     )
     by_lessons = LOSSES["forward-kl"](taught)

@@ -78,6 +78,12 @@ def test_ndcg_equals_that_of_scikit_learn_for_grades_and_ties(k: int, digits: in
     assert same(found, expected)
 
 
+def test_ndcg_by_its_name_has_exponential_gains() -> None:
+    found = metrics.bootstrap_over_members("ndcg@10", [1, 4, 0], [3.0, 2.0, 1.0], [7, 7, 7])
+    discount = math.log2(3)
+    assert found.value == pytest.approx((1 + 15 / discount) / (15 + 1 / discount))
+
+
 @given(ROWS, st.randoms(use_true_random=False))
 @settings(deadline=None, max_examples=30)
 def test_the_order_of_the_rows_does_not_matter(rows: Array, random: Any) -> None:

@@ -22,12 +22,12 @@ def build_rows(*, graded: bool, seed: int = 0) -> LabelRows:
     # The last slate is worth the same everywhere; another row is hard.
     targets[8:] = targets[8]
     targets[4] = torch.eye(num_labels, dtype=torch.float64)[0]
-    gains = torch.tensor([3.0, 2.0, 0.5, 0.0] if graded else [1.0, 0.0], dtype=torch.float64)
+    grades = torch.tensor([3.0, 2.0, 0.5, 0.0] if graded else [1.0, 0.0], dtype=torch.float64)
     return LabelRows(
         log_probs_RL=logits.log_softmax(1).requires_grad_(),
         targets_RL=targets,
         slates_R=torch.tensor(_SLATES),
-        gains_L=gains,
+        grades_L=grades,
         ranking="expected_grade" if graded else "log_odds",
     )
 
@@ -36,12 +36,12 @@ def values_of(rows: LabelRows) -> list[float]:
     probabilities = rows.log_probs_RL.exp().tolist()
     if rows.ranking == "log_odds":
         return [math.log(p[0] / p[1]) for p in probabilities]
-    return [sum(p * g for p, g in zip(row, rows.gains_L, strict=True)) for row in probabilities]
+    return [sum(p * g for p, g in zip(row, rows.grades_L, strict=True)) for row in probabilities]
 
 
 def expected_loss(name: str, rows: LabelRows) -> float:
     values = values_of(rows)
-    worth = [float(sum(row * rows.gains_L)) for row in rows.targets_RL]
+    worth = [float(sum(row * rows.grades_L)) for row in rows.targets_RL]
     if name == "softmax":
         return -(rows.targets_RL * rows.log_probs_RL).sum().item()
     total = 0.0
@@ -80,7 +80,7 @@ def test_a_loss_is_its_definition_with_a_right_gradient(name: str, graded: bool)
                 log_probs_RL=log_probs,
                 targets_RL=other.targets_RL,
                 slates_R=other.slates_R,
-                gains_L=other.gains_L,
+                grades_L=other.grades_L,
                 ranking=other.ranking,
             )
         )
@@ -95,7 +95,7 @@ def test_a_slate_of_equal_worth_or_of_none_teaches_no_order(name: str) -> None:
         log_probs_RL=rows.log_probs_RL,
         targets_RL=torch.tensor([[0.0, 1.0]], dtype=torch.float64).expand(10, 2),
         slates_R=rows.slates_R,
-        gains_L=rows.gains_L,
+        grades_L=rows.grades_L,
         ranking="log_odds",
     )
     loss = LOSSES[name](nothing)
