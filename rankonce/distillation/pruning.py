@@ -44,7 +44,7 @@ from rankonce.prompts.labels import resolve_labels
 from rankonce.prompts.tasks import Task, find_task
 from rankonce.ranker import Ranker, RankerConfig
 from rankonce.records import TrainingExample
-from rankonce.training.checkpoint import save_model
+from rankonce.training.checkpoint import save_model, trained_tasks
 from rankonce.training.data import TokenizedExample, tokenize_examples
 
 # Minitron finds that 512 to 1,024 sequences are enough.
@@ -154,6 +154,7 @@ def prune_checkpoint(
     selection, fits, smaller = _prune(network, sample, config, shape, cut)
     record = {
         "model": str(model),
+        "tasks": trained_tasks(Path(model)),
         "config": asdict(config),
         "before": _describe(network, before),
         "after": _describe(smaller, shape),

@@ -33,7 +33,7 @@ from rankonce.model.quantized import (
     stored_tensors,
 )
 from rankonce.model.scoring import Scorer
-from rankonce.training.checkpoint import save_model
+from rankonce.training.checkpoint import save_model, trained_tasks
 
 # What the quantised model must reach. The last two are compared where labels are known.
 LEAST = {"top_agreement": 0.98, "kendall_tau": 0.98, "distinct_score_ratio": 0.99}
@@ -113,6 +113,7 @@ def quantize_model(
     record: dict[str, Any] = {
         "scheme": options.scheme,
         "model": Path(options.model).name,
+        "tasks": trained_tasks(Path(options.model)),
         "left": left,
         "bytes": {"before": _weight_bytes(options.model), "after": _weight_bytes(options.out)},
         "verdict": "unchecked",

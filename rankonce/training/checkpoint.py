@@ -30,6 +30,8 @@ from rankonce.training.parallel import ParallelLearner
 logger = logging.getLogger(__name__)
 
 _NUM_KEPT = 2
+# What says beside a model how it was made.
+_RECORDS = ("run.json", "pruning.json", "quantization.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +206,9 @@ def write_json(path: Path, content: object) -> None:
 
 
 def trained_tasks(folder: Path) -> tuple[str, ...] | None:
-    """Read from a model's run record which tasks it was trained on, its start's among them.
+    """Read from a model's record which tasks it was trained on, its start's among them.
+
+    The record is that of a run, or what ``prune`` or ``quantize`` wrote beside the model.
 
     Returns:
         Their names; ``None`` where there is no record, or none that names tasks.
@@ -212,13 +216,13 @@ def trained_tasks(folder: Path) -> tuple[str, ...] | None:
     Raises:
         DataError: the record is not JSON.
     """
-    path = folder / "run.json"
-    if not path.is_file():
+    path = next((folder / name for name in _RECORDS if (folder / name).is_file()), None)
+    if path is None:
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: should be the record of a run: {error}") from error
+        raise DataError(f"{path}: should be the record of a model: {error}") from error
     if not isinstance(record, dict) or not isinstance(record.get("tasks"), dict | list):
         return None
     # The record holds each task's name with the fingerprint of its wording.

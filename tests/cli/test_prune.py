@@ -10,6 +10,7 @@ import torch
 
 from rankonce import ranker as ranker_module
 from rankonce.model.loading import load_model
+from rankonce.training.checkpoint import trained_tasks
 from tests.conftest import build_network, build_tokenizer
 from tests.training.test_loop import write_examples
 
@@ -25,6 +26,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("prune") / "whole"
     build_network("qwen3").save_pretrained(folder)
     build_tokenizer().save_pretrained(folder)
+    (folder / "run.json").write_text(json.dumps({"tasks": {"movie-like": "0ab"}}))
     return folder
 
 
@@ -43,6 +45,17 @@ def test_a_share_of_the_parameters_is_kept_and_a_table_printed(
     assert f"{after:,}" in line
     assert f"{after / before:.1%}" in line
     assert done.err.splitlines()[-1] == f"model: {tmp_path / 'out'}"
+
+
+def test_a_smaller_model_still_knows_what_it_was_trained_on(
+    run: Callable[..., Any], whole: Path, tmp_path: Path
+) -> None:
+    data, cut, quantized = (tmp_path / name for name in ("examples.jsonl", "cut", "quantised"))
+    write_examples(data, 3)
+    assert run("prune", whole, "--data", data, "--out", cut, "--layers", "1").exit_code == 0
+    assert trained_tasks(cut) == ("movie-like",)
+    assert run("quantize", cut, "--to", "cpu-int8", "--out", quantized).exit_code == 0
+    assert trained_tasks(quantized) == ("movie-like",)
 
 
 def test_all_options_reach_the_record(run: Callable[..., Any], whole: Path, tmp_path: Path) -> None:

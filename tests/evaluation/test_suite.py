@@ -397,7 +397,7 @@ def test_the_run_record_names_the_tasks_of_training(tmp_path: Path) -> None:
     record.write_text(json.dumps({"recipe": "ml1m"}))
     assert trained_tasks(tmp_path) is None
     record.write_text("{")
-    with pytest.raises(DataError, match=r"run.json: should be the record of a run"):
+    with pytest.raises(DataError, match=r"run.json: should be the record of a model"):
         trained_tasks(tmp_path)
 
 
