@@ -44,7 +44,8 @@ def experiment(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from rankonce.distillation.experiments.plan import plan_experiment, read_experiment
+    from rankonce.distillation.experiments.declaration import read_experiment
+    from rankonce.distillation.experiments.plan import plan_experiment
     from rankonce.distillation.experiments.queue import Outcome, find_devices
     from rankonce.distillation.experiments.runner import run_experiment
     from rankonce.distillation.experiments.tracking import Tracker

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from rankonce.distillation.experiments.plan import Rule
+from rankonce.distillation.experiments.declaration import Rule
 from rankonce.errors import ExperimentError
 from rankonce.evaluation.metrics import Estimate, resample, summarise
 from rankonce.evaluation.weighted_metrics import METRICS, Floats

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rankonce.distillation.experiments.plan import Plot
+from rankonce.distillation.experiments.declaration import Plot
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

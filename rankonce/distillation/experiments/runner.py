@@ -18,7 +18,8 @@ from rankonce.distillation.experiments.comparison import (
     Verdict,
     judge,
 )
-from rankonce.distillation.experiments.plan import Experiment, Plan, Run, Value
+from rankonce.distillation.experiments.declaration import Experiment, Value
+from rankonce.distillation.experiments.plan import Plan, Run
 from rankonce.distillation.experiments.plots import draw_plot
 from rankonce.distillation.experiments.queue import RANKONCE, Device, Outcome, run_steps
 from rankonce.distillation.experiments.table import (

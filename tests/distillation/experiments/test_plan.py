@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rankonce.distillation.experiments.plan import Experiment, plan_experiment, read_experiment
+from rankonce.distillation.experiments.declaration import Experiment, read_experiment
+from rankonce.distillation.experiments.plan import plan_experiment
 from rankonce.errors import ExperimentError
 
 CONTENT = {

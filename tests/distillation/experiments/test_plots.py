@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from rankonce.distillation.experiments.plan import Plot
+from rankonce.distillation.experiments.declaration import Plot
 from rankonce.distillation.experiments.plots import draw_plot
 
 ROWS = [

@@ -13,7 +13,8 @@ import torch
 from openpyxl import load_workbook
 
 from rankonce.distillation.experiments import runner
-from rankonce.distillation.experiments.plan import Experiment, plan_experiment
+from rankonce.distillation.experiments.declaration import Experiment
+from rankonce.distillation.experiments.plan import plan_experiment
 from rankonce.distillation.experiments.queue import Device, find_devices
 from rankonce.distillation.experiments.runner import Report, run_experiment
 from rankonce.errors import ExperimentError

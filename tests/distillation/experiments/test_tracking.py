@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from rankonce.distillation.experiments.plan import Experiment, plan_experiment
+from rankonce.distillation.experiments.declaration import Experiment
+from rankonce.distillation.experiments.plan import plan_experiment
 from rankonce.distillation.experiments.queue import Device
 from rankonce.distillation.experiments.runner import run_experiment
 from rankonce.distillation.experiments.tracking import Tracker
