@@ -74,7 +74,19 @@ def experiment(
                     how = f"failed: {outcome.failure}"
                 typer.echo(f"{outcome.step.name} {outcome.step.digest}: {how}", err=True)
 
-        report = run_experiment(plan, out, find_devices(slots), tracker=tracker, ended=tell)
+        compared = progress.add_task(f"{read.name}: comparisons", total=None)
+
+        def tell_compared(done: int, total: int) -> None:
+            progress.update(compared, completed=done, total=total)
+
+        report = run_experiment(
+            plan,
+            out,
+            find_devices(slots),
+            tracker=tracker,
+            ended=tell,
+            compared=tell_compared,
+        )
     if as_json:
         typer.echo((out / "report.json").read_text(), nl=False)
     else:

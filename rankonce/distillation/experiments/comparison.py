@@ -71,7 +71,7 @@ class Comparer:
         """
         settings = [one for name, one in scores if name == run and (against, one) in scores]
         pairs = [
-            tuple(self._resample(scores[name, setting], metric) for name in (run, against))
+            tuple(self.resample(scores[name, setting], metric) for name in (run, against))
             for setting in settings
         ]
         if len({rows for pair in pairs for rows, _ in pair}) > 1:
@@ -87,7 +87,8 @@ class Comparer:
             found.append(_summarise(run, against, metric, "", differences))
         return found
 
-    def _resample(self, path: Path, metric: str) -> tuple[str, Floats]:
+    def resample(self, path: Path, metric: str) -> tuple[str, Floats]:
+        """Give a digest of a file's rows, and the metric of these and of every draw of members."""
         if (path, metric) not in self._known:
             frame = _read(path)
             rows = frame.select("user_id", "label").hash_rows().to_numpy()

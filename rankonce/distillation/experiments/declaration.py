@@ -70,12 +70,19 @@ class Rule(_Strict):
 
 
 class Plot(_Strict):
-    """One picture: a column against another, a line for every value of a third."""
+    """One picture: a column against another, a line for every value of a third.
+
+    Attributes:
+        against: a run whose y is subtracted, setting by setting of the grid.
+        runs: that are shown; all by default.
+    """
 
     name: str = Field(pattern=r"^[\w-]+$")
     x: str
     y: str
     by: str = "run"
+    against: str | None = None
+    runs: Sequence[str] = ()
     title: str = ""
 
 
@@ -164,9 +171,11 @@ class Experiment(_Strict):
                         f"rules: {rule.name}: where should name values of the grid, has "
                         f"{name}={value!r}"
                     )
-        wanted = [self.baseline] if self.baseline is not None else []
-        for name in [*wanted, *(one for rule in self.rules for one in (rule.run, rule.against))]:
-            if name not in names:
+        wanted = [self.baseline, *(plot.against for plot in self.plots)]
+        wanted += [one for rule in self.rules for one in (rule.run, rule.against)]
+        wanted += [one for plot in self.plots for one in plot.runs]
+        for name in wanted:
+            if name is not None and name not in names:
                 raise ValueError(f"no run is called {name!r}; there are {', '.join(names)}")
         return self
 

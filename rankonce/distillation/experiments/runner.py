@@ -63,12 +63,14 @@ def run_experiment(
     *,
     tracker: Tracker | None = None,
     ended: Callable[[Outcome], None] = lambda _: None,
+    compared: Callable[[int, int], None] = lambda *_: None,
     program: str = RANKONCE,
 ) -> Report:
     """Run what has not been run; write a row as soon as a run's last measure has ended.
 
     Args:
         ended: is told of every step as it ends.
+        compared: is told how many files of scores were resampled, of how many.
         program: what the steps' commands are given to, ``module:function``.
 
     Raises:
@@ -98,8 +100,8 @@ def run_experiment(
     finished = [row for row in ordered if row["failure"] is None]
     for plot in experiment.plots:
         if finished:
-            draw_plot(out / f"{plot.name}.png", plot, finished)
-    comparisons, verdicts = _compare(plan, outcomes)
+            draw_plot(out / f"{plot.name}.png", plot, finished, grid=tuple(experiment.grid))
+    comparisons, verdicts = _compare(plan, outcomes, compared)
     report = Report(rows=ordered, comparisons=comparisons, verdicts=verdicts)
     record = {"experiment": experiment, **asdict(report), "environment": describe_environment()}
     _write_json(out / "report.json", record)
@@ -164,7 +166,9 @@ def _closure(plan: Plan, run: Run) -> set[str]:
     return found
 
 
-def _compare(plan: Plan, outcomes: Mapping[str, Outcome]) -> tuple[list[Comparison], list[Verdict]]:
+def _compare(
+    plan: Plan, outcomes: Mapping[str, Outcome], compared: Callable[[int, int], None]
+) -> tuple[list[Comparison], list[Verdict]]:
     experiment = plan.experiment
     if experiment.compare is None:
         return [], []
@@ -191,7 +195,24 @@ def _compare(plan: Plan, outcomes: Mapping[str, Outcome]) -> tuple[list[Comparis
             {tuple(r.settings.items()) for r in plan.runs if where.items() <= r.settings.items()}
         )
 
+    wanted: list[tuple[str, Mapping[str, Value], str]] = [
+        (name, rule.where, rule.metric)
+        for rule in experiment.rules
+        for name in (rule.run, rule.against)
+    ]
+    if experiment.baseline is not None:
+        wanted += [(str(run["name"]), {}, experiment.metric) for run in experiment.runs]
+    files = dict.fromkeys(
+        (path, metric)
+        for name, where, metric in wanted
+        for (one, _), path in scores(where).items()
+        if one == name
+    )
     comparer = Comparer()
+    # Minutes where there are many rows.
+    for done, (path, metric) in enumerate(files, start=1):
+        comparer.resample(path, metric)
+        compared(done, len(files))
     others = [str(run["name"]) for run in experiment.runs if run["name"] != experiment.baseline]
     comparisons = [
         one

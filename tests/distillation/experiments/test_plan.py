@@ -116,6 +116,11 @@ def test_what_cannot_be_planned_is_named(
         ({"columns": {"auc": "qualty.auc"}}, "columns.auc: should begin with a measure"),
         ({"baseline": "half"}, "compare: should name the measure"),
         ({"compare": "quality", "baseline": "hlf"}, "no run is called 'hlf'"),
+        (
+            {"plots": [{"name": "p", "x": "seed", "y": "auc", "against": "hlf"}]},
+            "no run is called 'hlf'",
+        ),
+        ({"plots": [{"name": "p", "x": "seed", "y": "auc", "runs": ["hlf"]}]}, "no run is called"),
         ({"compare": "quality", "rules": [{"name": "r", "run": "half", "against": "teacher"}]},
          "either above or within"),
         ({"compare": "quality", "rules": [{"name": "r", "run": "half", "against": "teacher",

@@ -48,6 +48,22 @@ def test_words_on_x_keep_the_order_of_the_rows(tmp_path: Path) -> None:
     assert axes.get_title() == "Recovery"
 
 
+def test_a_run_is_subtracted_at_equal_settings_and_some_runs_are_shown(tmp_path: Path) -> None:
+    plot = Plot(name="a", x="keep", y="auc", against="teacher", runs=["taught", "cut"])
+    # At 0.3 there is no teacher to compare with.
+    rows = [one for one in ROWS if not (one["run"] == "teacher" and one["keep"] == 0.3)]
+    figure = draw_plot(tmp_path / "a.png", plot, rows, grid=("seed", "keep"))
+    (axes,) = figure.axes
+    points = points_of(figure)
+    assert list(points) == ["cut", "taught"]
+    assert np.array(points["taught"]) == pytest.approx(np.array([(0.5, -0.1)]))
+    assert axes.get_ylabel() == "auc, less that of teacher"
+    (bars,) = axes.containers[0].lines[2]
+    # What the seeds share is gone.
+    low, high = bars.get_segments()[0][:, 1]
+    assert high - low == pytest.approx(0, abs=1e-9)
+
+
 def test_rows_without_a_number_on_y_are_left_out(tmp_path: Path) -> None:
     rows = [*ROWS, {"run": "failed", "keep": 0.1, "auc": None}]
     figure = draw_plot(tmp_path / "a.png", Plot(name="a", x="keep", y="auc"), rows)

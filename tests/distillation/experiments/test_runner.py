@@ -203,6 +203,21 @@ def test_the_baseline_is_compared_by_the_metric_that_the_file_names(tmp_path: Pa
     assert one.estimate.value > 0
 
 
+def test_comparisons_say_how_far_they_are(tmp_path: Path) -> None:
+    rules = [{"name": "r", "run": "better", "against": "plain", "metric": "uauc", "above": 0.0}]
+    plan = plan_experiment(experiment(rules=rules))
+    told: list[tuple[int, int]] = []
+    run_experiment(
+        plan,
+        tmp_path / "out",
+        devices(tmp_path),
+        program=PROGRAM,
+        compared=lambda done, of: told.append((done, of)),
+    )
+    # Two runs at two settings by AUC, and the same by UAUC for the rule.
+    assert told == [(number, 8) for number in range(1, 9)]
+
+
 def test_a_rule_without_all_its_runs_is_undecided(tmp_path: Path) -> None:
     runs = [{"name": "plain"}, {"name": "broken", "fail": True}]
     rules = [{"name": "r", "run": "broken", "against": "plain", "above": 0.0}]
