@@ -141,6 +141,13 @@ def _print_report(report: "Report") -> None:
     console.print(table)
     for one in report.comparisons:
         console.print(Text(_describe(one)))
+    if report.changed:
+        console.print(
+            Text(
+                f"changed since the first result: {', '.join(report.changed)}; the verdicts are of "
+                "the file as it is now"
+            )
+        )
     for verdict in report.verdicts:
         rule = verdict.rule
         answer = {True: "holds", False: "does not hold", None: "undecided: a run is missing"}

@@ -74,10 +74,12 @@ class Comparer:
             tuple(self.resample(scores[name, setting], metric) for name in (run, against))
             for setting in settings
         ]
-        if len({rows for pair in pairs for rows, _ in pair}) > 1:
-            raise ExperimentError(
-                f"compare: {run} and {against} should be measured on the same rows"
-            )
+        for setting, ((one, _), (other, _)) in zip(settings, pairs, strict=True):
+            if one != other:
+                raise ExperimentError(
+                    f"compare: {run} and {against} should be measured on the same rows"
+                    + (f" at {setting}" if setting else "")
+                )
         differences = [first - second for (_, first), (_, second) in pairs]
         found = [
             _summarise(run, against, metric, setting, [difference])

@@ -23,7 +23,7 @@ from rankonce.records import describe_faults
 Value = str | int | float | bool | None
 _VALUE: TypeAdapter[Value] = TypeAdapter(Value)
 # Columns of every table beside the file's own.
-FIXED_COLUMNS = ("id", "run", "seconds", "commit", "failure")
+FIXED_COLUMNS = ("id", "run", "seconds", "commit", "variables", "failure")
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 # Where a step writes, and where a measure may put the scores of single rows.
 OUT, SCORES = "out", "scores"
@@ -97,6 +97,7 @@ class Experiment(_Strict):
         steps: commands by name: ``train ml1m --data {data} --out {out}``.
         measures: commands that print JSON; ``{scores}`` is a Parquet file of single rows that
             comparisons need: user_id, label, score.
+        alone: steps and measures that run when nothing else does, as what is timed should.
         columns: numbers of the table by name, each a path into a measure:
             ``quality.metrics.0.metrics.auc``.
         runs: variables and inputs that a run sets, with its ``name``.
@@ -112,6 +113,7 @@ class Experiment(_Strict):
     variables: Mapping[str, Value] = Field(default_factory=dict)
     steps: Mapping[str, str] = Field(default_factory=dict)
     measures: Mapping[str, str] = Field(min_length=1)
+    alone: Sequence[str] = ()
     columns: Mapping[str, str] = Field(default_factory=dict)
     runs: Sequence[Mapping[str, Value]] = Field(default=({"name": "only"},), min_length=1)
     grid: Mapping[str, Sequence[Value]] = Field(default_factory=dict)
@@ -148,6 +150,9 @@ class Experiment(_Strict):
         for name, values in self.grid.items():
             if not values:
                 raise ValueError(f"grid.{name}: should hold at least one value")
+        for name in self.alone:
+            if name not in {**self.steps, **self.measures}:
+                raise ValueError(f"alone: should name steps or measures, has {name!r}")
         for name, path in self.columns.items():
             if path.partition(".")[0] not in self.measures:
                 raise ValueError(f"columns.{name}: should begin with a measure, is {path!r}")

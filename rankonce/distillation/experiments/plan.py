@@ -33,6 +33,7 @@ class Step:
         command: arguments, where ``{out}`` and ``{scores}`` are still to be filled in and a need
             stands as ``{digest}``.
         needs: digests of steps.
+        alone: runs when nothing else does.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Step:
     digest: str
     command: tuple[str, ...]
     needs: frozenset[str] = frozenset()
+    alone: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +155,8 @@ class _Resolver:
         self._fingerprint = fingerprint
         self._commands = commands
         self._open: list[str] = []
-        self._inputs: dict[str, str] = {}
+        # By a mark that no command holds: an input's path and the digest of its contents.
+        self._inputs: dict[str, tuple[str, str]] = {}
 
     def add(self, name: str, command: str, kind: Literal["step", "measure"]) -> str:
         """Add a step and what it needs; return its digest."""
@@ -176,9 +179,8 @@ class _Resolver:
         if kind == "step" and not any(f"{{{OUT}}}" in word for word in arguments):
             raise ExperimentError(f"steps.{name}: should write to {{{OUT}}}: {command!r}")
         # What an input holds counts, not where it lies.
-        contents = list(arguments)
-        for place, mark in self._inputs.items():
-            contents = [word.replace(place, mark) for word in contents]
+        contents = [self._put(word, 1) for word in arguments]
+        arguments = [self._put(word, 0) for word in arguments]
         digest = _digest([kind, contents, __version__])
         self._steps.setdefault(
             digest,
@@ -188,10 +190,16 @@ class _Resolver:
                 digest=digest,
                 command=tuple(arguments),
                 needs=frozenset(needs),
+                alone=name in self._experiment.alone,
             ),
         )
         self._open.pop()
         return digest
+
+    def _put(self, word: str, place: int) -> str:
+        for mark, both in self._inputs.items():
+            word = word.replace(mark, both[place])
+        return word
 
     def _enter(self, name: str) -> None:
         if name in self._open:
@@ -218,8 +226,10 @@ class _Resolver:
         if value is None or isinstance(value, bool):
             raise ExperimentError(f"{owner}: {name} is {value} and stands inside of a word")
         if name in self._experiment.inputs:
-            self._inputs[str(value)] = self._fingerprint(name, str(value))
-            return str(value)
+            # Put in when the command is whole: a path may be a part of another.
+            mark = f"\0{name}\0"
+            self._inputs[mark] = (str(value), self._fingerprint(name, str(value)))
+            return mark
         if not isinstance(value, str):
             return str(value)
         self._enter(name)

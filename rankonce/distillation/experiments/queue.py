@@ -63,6 +63,7 @@ class Outcome:
         failure: why, in a line; ``None`` if it finished.
         seconds: of the attempt that finished.
         was_known: it had finished in an earlier run of the experiment.
+        commit: of the program that ran it.
         answer: the JSON that a measure printed.
     """
 
@@ -71,6 +72,7 @@ class Outcome:
     failure: str | None = None
     seconds: float = 0.0
     was_known: bool = False
+    commit: str = ""
     answer: Any = None
 
 
@@ -148,6 +150,10 @@ def run_steps(
                     )
                     ended(outcomes[digest])
                 elif len(known) == len(step.needs) and len(running) < len(devices):
+                    if running and (
+                        step.alone or any(steps[one].alone for one in running.values())
+                    ):
+                        continue
                     del waiting[digest]
                     running[pool.submit(attempt, step)] = digest
             done, _ = wait(running, return_when=FIRST_COMPLETED) if running else ((), ())
@@ -173,6 +179,7 @@ def _run(step: Step, out: Path, device: Device, program: str) -> Outcome:
                 folder=folder,
                 seconds=known["seconds"],
                 was_known=True,
+                commit=known["environment"]["commit"],
                 answer=_read_answer(folder) if step.kind == "measure" else None,
             )
         _clear(folder)
@@ -190,17 +197,19 @@ def _run(step: Step, out: Path, device: Device, program: str) -> Outcome:
                 answer = _read_answer(folder)
             except ValueError as error:
                 return Outcome(step=step, folder=folder, failure=f"printed no JSON: {error}")
+        environment = describe_environment()
         finished = {
             "name": step.name,
             "command": ["rankonce", *command],
             "device": device.name,
             "seconds": seconds,
-            "environment": describe_environment(),
+            "environment": environment,
         }
         part = record.with_suffix(".part")
         part.write_text(json.dumps(finished, indent=2) + "\n")
         part.replace(record)
-        return Outcome(step=step, folder=folder, seconds=seconds, answer=answer)
+        commit = str(environment["commit"])
+        return Outcome(step=step, folder=folder, seconds=seconds, commit=commit, answer=answer)
 
 
 def _run_process(

@@ -34,6 +34,8 @@ from rankonce.environment import describe_environment
 from rankonce.errors import ExperimentError
 
 Row = Mapping[str, Any]
+# What a verdict rests on beside the rules, which may not change at all.
+_SETTLED = ("variables", "steps", "measures", "runs", "grid")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,7 @@ class Report:
     rows: Sequence[Row]
     comparisons: Sequence[Comparison]
     verdicts: Sequence[Verdict]
+    changed: Sequence[str] = ()
 
     @property
     def failures(self) -> list[Row]:
@@ -77,12 +80,12 @@ def run_experiment(
         ExperimentError: the folder belongs to another experiment, or a file cannot be written.
     """
     experiment = plan.experiment
-    _claim(out, experiment)
+    changed = _claim(out, experiment)
     outcomes: dict[str, Outcome] = {}
     rows: dict[str, Row] = {}
-    # Rows of an earlier call stand until their turn comes.
+    # Rows of an earlier call stand until their turn comes, those of other settings for good.
     table = out / "results.parquet"
-    before = read_rows(table, [run.id for run in plan.runs]) if table.exists() else {}
+    before = read_rows(table) if table.exists() else {}
 
     def note(outcome: Outcome) -> None:
         outcomes[outcome.step.digest] = outcome
@@ -102,19 +105,24 @@ def run_experiment(
         if finished:
             draw_plot(out / f"{plot.name}.png", plot, finished, grid=tuple(experiment.grid))
     comparisons, verdicts = _compare(plan, outcomes, compared)
-    report = Report(rows=ordered, comparisons=comparisons, verdicts=verdicts)
+    report = Report(rows=ordered, comparisons=comparisons, verdicts=verdicts, changed=changed)
     record = {"experiment": experiment, **asdict(report), "environment": describe_environment()}
     _write_json(out / "report.json", record)
     return report
 
 
-def _claim(out: Path, experiment: Experiment) -> None:
-    """Write the file down before anything runs; what decides may not change after a result."""
+def _claim(out: Path, experiment: Experiment) -> tuple[str, ...]:
+    """Write the file down before anything runs; what decides may not change after a result.
+
+    Returns:
+        What else was changed since: runs that vanished or say something else, other values of
+        variables and of the grid, other commands. A verdict is of the file as it is now.
+    """
     check_excel()
     out.mkdir(parents=True, exist_ok=True)
     path = out / "experiment.json"
     content = experiment.model_dump(mode="json")
-    if path.exists() and (out / "results.parquet").exists():
+    if path.exists() and next(out.glob("steps/*/step.json"), None) is not None:
         before = json.loads(path.read_text())
         if before["name"] != experiment.name:
             raise ExperimentError(
@@ -127,8 +135,18 @@ def _claim(out: Path, experiment: Experiment) -> None:
                     f"{name}: should be what stood there before the first result ({path}); a new "
                     "decision needs a new folder"
                 )
-        return
+        return tuple(name for name in _SETTLED if not _holds(before[name], content[name]))
     _write_json(path, content)
+    return ()
+
+
+def _holds(before: Any, now: Any) -> bool:
+    """Whether all that stood there still does; more may have come."""
+    if isinstance(before, Mapping):
+        return all(name in now and _holds(one, now[name]) for name, one in before.items())
+    if isinstance(before, list):
+        return all(one in now for one in before)
+    return bool(before == now)
 
 
 def _make_row(run: Run, plan: Plan, outcomes: Mapping[str, Outcome]) -> Row:
@@ -150,7 +168,8 @@ def _make_row(run: Run, plan: Plan, outcomes: Mapping[str, Outcome]) -> Row:
         **columns,
         # Of all steps that the run needed, whichever run they were made for.
         "seconds": round(sum(outcomes[one].seconds for one in needed), 1),
-        "commit": str(describe_environment()["commit"]),
+        "commit": ", ".join(sorted({outcomes[one].commit for one in needed} - {""})),
+        "variables": json.dumps(run.variables, sort_keys=True),
         "failure": failure,
     }
 

@@ -1,6 +1,6 @@
 """A row a run, kept in Parquet and in an Excel sheet that people may write into."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,8 @@ def write_parquet(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     part.replace(path)
 
 
-def read_rows(path: Path, ids: Collection[str]) -> dict[str, dict[str, Any]]:
-    """Read the rows of these ids, by id.
+def read_rows(path: Path) -> dict[str, dict[str, Any]]:
+    """Read all rows, by id.
 
     Raises:
         ExperimentError: the file cannot be read.
@@ -48,7 +48,7 @@ def read_rows(path: Path, ids: Collection[str]) -> dict[str, dict[str, Any]]:
         rows = pl.read_parquet(path).to_dicts()
     except (OSError, pl.exceptions.PolarsError) as error:
         raise ExperimentError(f"{path}: cannot be read: {error}") from error
-    return {row[_KEY]: row for row in rows if row[_KEY] in ids}
+    return {row[_KEY]: row for row in rows}
 
 
 def check_excel() -> None:

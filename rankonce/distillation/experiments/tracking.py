@@ -62,7 +62,7 @@ class Tracker:
             for name, value in row.items():
                 if isinstance(value, int | float) and not isinstance(value, bool):
                     self._client.log_metric(run, name, value)
-                elif name not in variables and value is not None:
+                elif name not in {*variables, "variables"} and value is not None:
                     self._client.set_tag(run, name, value)
             status = "FINISHED" if row["failure"] is None else "FAILED"
             self._client.set_terminated(run, status)

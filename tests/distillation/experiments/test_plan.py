@@ -56,6 +56,26 @@ def test_a_changed_variable_changes_what_depends_on_it_and_nothing_else(tmp_path
     assert all("0.25" in step.command for step in changed if step.name == "small")
 
 
+def test_an_input_whose_path_begins_another_s_does_not_hide_it(tmp_path: Path) -> None:
+    changes = {
+        "inputs": {"data": "films", "test": "films.test", "short": "f"},
+        "measures": {"quality": "evaluate --model {model} --data {test} {short} --json"},
+    }
+    (tmp_path / "films.test").write_text("one")
+    (tmp_path / "f").write_text("f")
+
+    def measures() -> set[str]:
+        steps = plan_experiment(read(tmp_path, **changes)).steps
+        return {digest for digest, step in steps.items() if step.kind == "measure"}
+
+    before = plan_experiment(read(tmp_path, **changes)).steps
+    commands = [step.command for step in before.values() if step.kind == "measure"]
+    assert all(str(tmp_path / "films.test") in command for command in commands)
+    first = measures()
+    (tmp_path / "films.test").write_text("two")
+    assert not first & measures()
+
+
 def test_what_an_input_holds_makes_the_step_and_not_where_it_lies(tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     for folder in (first, second):
@@ -116,6 +136,7 @@ def test_what_cannot_be_planned_is_named(
         ({"columns": {"auc": "qualty.auc"}}, "columns.auc: should begin with a measure"),
         ({"baseline": "half"}, "compare: should name the measure"),
         ({"compare": "quality", "baseline": "hlf"}, "no run is called 'hlf'"),
+        ({"alone": ["speed"]}, "alone: should name steps or measures, has 'speed'"),
         (
             {"plots": [{"name": "p", "x": "seed", "y": "auc", "against": "hlf"}]},
             "no run is called 'hlf'",
@@ -136,7 +157,7 @@ def test_what_cannot_be_planned_is_named(
         ({"compare": "quality", "measures": {"quality": "evaluate --model {model}"}},
          r"measures.quality: should write \{scores\}"),
         ({"plots": [{"name": "sizes", "x": "keep", "y": "auc"}]},
-         "plots.sizes: 'keep' should be a column, of id, run, seconds, commit, failure, seed, auc"),
+         "plots.sizes: 'keep' should be a column, of id, run, seconds, commit, variables, failure"),
         ({"runs": [{"name": "half", "seed": 3}]}, "runs: half: should not set seed, the grid does"),
     ],
 )  # fmt: skip

@@ -12,10 +12,10 @@ import pytest
 import torch
 from openpyxl import load_workbook
 
-from rankonce.distillation.experiments import runner
+from rankonce.distillation.experiments import queue, runner
 from rankonce.distillation.experiments.declaration import Experiment
-from rankonce.distillation.experiments.plan import plan_experiment
-from rankonce.distillation.experiments.queue import Device, find_devices
+from rankonce.distillation.experiments.plan import Step, plan_experiment
+from rankonce.distillation.experiments.queue import Device, Outcome, find_devices
 from rankonce.distillation.experiments.runner import Report, run_experiment
 from rankonce.errors import ExperimentError
 
@@ -32,22 +32,24 @@ def devices(folder: Path) -> list[Device]:
     return [Device(name=name, environment={"COUNT": f"{folder / 'count'}"}) for name in "ab"]
 
 
+CONTENT: dict[str, Any] = {
+    "name": "texts",
+    "variables": {"text": "ab", "fail": None, "shift": 0.5, "seed": 1},
+    "steps": {
+        "base": "make base{seed} --out {out}",
+        "made": "make '{text} of {base}' --out {out} --fail {fail}",
+    },
+    "measures": {"quality": "measure {made} --scores {scores} --shift {shift}"},
+    "columns": {"length": "quality.parts.0.length"},
+    "compare": "quality",
+    "baseline": "plain",
+    "runs": [{"name": "plain"}, {"name": "better", "text": "abc", "shift": 1.5}],
+    "grid": {"seed": [1, 2]},
+}  # fmt: skip
+
+
 def experiment(**changes: Any) -> Experiment:
-    content: dict[str, Any] = {
-        "name": "texts",
-        "variables": {"text": "ab", "fail": None, "shift": 0.5, "seed": 1},
-        "steps": {
-            "base": "make base{seed} --out {out}",
-            "made": "make '{text} of {base}' --out {out} --fail {fail}",
-        },
-        "measures": {"quality": "measure {made} --scores {scores} --shift {shift}"},
-        "columns": {"length": "quality.parts.0.length"},
-        "compare": "quality",
-        "baseline": "plain",
-        "runs": [{"name": "plain"}, {"name": "better", "text": "abc", "shift": 1.5}],
-        "grid": {"seed": [1, 2]},
-    }  # fmt: skip
-    return Experiment.model_validate({**content, **changes})
+    return Experiment.model_validate({**CONTENT, **changes})
 
 
 def run(folder: Path, **changes: Any) -> Report:
@@ -238,6 +240,77 @@ def test_rules_cannot_change_after_the_first_result(tmp_path: Path) -> None:
     assert (first["question"], now["question"]) == ("", "and now?")
     with pytest.raises(ExperimentError, match="belongs to the experiment 'texts'"):
         run(tmp_path, rules=[rule], name="other")
+
+
+def test_a_verdict_says_what_was_changed_since_the_first_result(tmp_path: Path) -> None:
+    rules = [{"name": "r", "run": "better", "against": "plain", "above": 0.0}]
+    assert run(tmp_path, rules=rules).changed == ()
+    runs = [*CONTENT["runs"], {"name": "best", "shift": 2.5}]
+    assert run(tmp_path, rules=rules, runs=runs, grid={"seed": [1, 2, 3]}).changed == ()
+    variables = {**CONTENT["variables"], "shift": 0.1}
+    runs = [{"name": "plain"}, {"name": "better", "text": "abc", "shift": 9.0}]
+    report = run(tmp_path, rules=rules, variables=variables, runs=runs, grid={"seed": [2]})
+    assert report.changed == ("variables", "runs", "grid")
+    written = json.loads((tmp_path / "out/report.json").read_text())
+    assert written["changed"] == ["variables", "runs", "grid"]
+
+
+def test_rows_of_other_settings_stay_and_say_what_was_set(tmp_path: Path) -> None:
+    run(tmp_path, grid={})
+    variables = {**CONTENT["variables"], "shift": 0.25}
+    run(tmp_path, grid={}, variables=variables)
+    table = pl.read_parquet(tmp_path / "out/results.parquet")
+    shifts = [json.loads(one)["shift"] for one in table["variables"]]
+    assert list(zip(table["run"], shifts, strict=True)) == [
+        ("plain", 0.5), ("better", 1.5), ("plain", 0.25),
+    ]  # fmt: skip
+
+
+def test_a_row_names_the_commits_of_its_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commits = iter(["aaa", "bbb", "ccc"])
+    monkeypatch.setattr(queue, "describe_environment", lambda: {"commit": next(commits)})
+    first = run(tmp_path, runs=[{"name": "plain"}], grid={})
+    assert first.rows[0]["commit"] == "aaa, bbb, ccc"
+    # Whoever runs it again has computed nothing.
+    monkeypatch.setattr(queue, "describe_environment", lambda: {"commit": "ddd"})
+    assert run(tmp_path, runs=[{"name": "plain"}], grid={}).rows == first.rows
+
+
+def test_settings_may_have_rows_of_their_own(tmp_path: Path) -> None:
+    measures = {"quality": "measure {made} --scores {scores} --shift {shift} --rows {rows}"}
+    variables = {**CONTENT["variables"], "rows": 400}
+    rules = [{"name": "r", "run": "better", "against": "plain", "above": 0.0}]
+    report = run(
+        tmp_path, measures=measures, variables=variables, grid={"rows": [400, 200]}, rules=rules
+    )
+    assert [one.settings for one in report.comparisons] == ["rows=400", "rows=200", ""]
+    each = [one.estimate.value for one in report.comparisons]
+    assert each[2] == pytest.approx((each[0] + each[1]) / 2)
+    assert report.verdicts[0].holds
+
+
+def test_what_is_timed_runs_alone(tmp_path: Path) -> None:
+    steps = {"made": "make '{text}{seed}' --out {out} --sleep 0.3"}
+    plan = plan_experiment(experiment(steps=steps, grid={"seed": [1, 2, 3]}, alone=["quality"]))
+    spans: list[tuple[str, float, float]] = []
+    began: dict[str, float] = {}
+    whole = queue._run
+
+    def watch(step: Step, *arguments: Any) -> Outcome:
+        began[step.digest] = time.monotonic()
+        outcome = whole(step, *arguments)
+        spans.append((step.name, began[step.digest], time.monotonic()))
+        return outcome
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(queue, "_run", watch)
+        run_experiment(plan, tmp_path / "out", devices(tmp_path), program=PROGRAM)
+    timed = [one for one in spans if one[0] == "quality"]
+    assert len(timed) == 6
+    for one in timed:
+        assert all(end <= one[1] or start >= one[2] for _, start, end in spans if start != one[1])
 
 
 def test_other_rows_cannot_be_compared(tmp_path: Path) -> None:
