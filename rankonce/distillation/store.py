@@ -72,7 +72,9 @@ class Cost:
 
 def fingerprint_task(task: Task) -> str:
     """Identify what a task asks: its definition without description and other wordings."""
-    text = task.model_dump_json(exclude={"description", "styles"})
+    text = task.model_dump_json(
+        exclude={"description": True, "styles": True, "ranking": {"wanted"}}
+    )
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -69,7 +69,8 @@ class Record:
         events: the newest ones, oldest first.
         candidates: some of those whose name no other has.
         is_chosen: for each of these whether the member chooses it: true for the label that ranks
-            highest, false for the others (for graded labels, the lowest), else ``None``.
+            highest, false for the others (for graded labels, the lowest), else ``None``. Where
+            what ranks is not wanted, false for the highest and ``None`` for the others.
         others: such candidates that are not told.
         text: all of it, as the model reads it.
     """
@@ -217,9 +218,10 @@ def _is_chosen(task: Task, label: str | Mapping[str, float] | None) -> bool | No
         return None
     if label not in task.label_names:
         raise RequestError(f"labels: should be of {', '.join(task.label_names)}, is {label!r}")
-    if task.ranking.kind == "log_odds":
-        return label == task.ranking.label
-    grades = {one.name: float(one.grade or 0.0) for one in task.labels}
+    grades = dict(zip(task.label_names, task.grades, strict=True))
+    if not task.ranking.wanted:
+        # What is not dismissed is not chosen yet.
+        return False if grades[label] == max(grades.values()) else None
     if grades[label] == max(grades.values()):
         return True
     return False if grades[label] == min(grades.values()) else None

@@ -116,10 +116,13 @@ class Ranking(_Strict):
 
     Attributes:
         kind: ``log_odds`` of ``label`` against all others, or ``expected_grade``, sum of g * p_g.
+        wanted: false where what ranks first is what the member does not want: hidden, dismissed.
+            It changes no score; instructions made of records ask accordingly.
     """
 
     kind: Literal["log_odds", "expected_grade"]
     label: str | None = None
+    wanted: bool = True
 
 
 class LineStyle(_Strict):

@@ -54,6 +54,10 @@ def records(task: str) -> list[tuple[TrainingExample, Record]]:
     return made
 
 
+# Their "Yes" says that the member does not want it.
+UNWANTED = {"job-dismiss", "post-hide", "movie-dislike"}
+
+
 class Truth:
     """The request itself, asked without any of the code under test."""
 
@@ -95,8 +99,11 @@ class Truth:
     def labels(self, name: str) -> list[Any]:
         return [label for item, label in self.candidates if self.name(item) == name]
 
-    def best_and_worst(self) -> tuple[str, list[str]]:
+    def best_and_worst(self) -> tuple[str | None, list[str]]:
         names = [label.name for label in self.task.labels]
+        if self.task.name in UNWANTED:
+            # Of what is hidden it is known that it is not chosen, of all else nothing.
+            return None, ["Yes"]
         if self.task.ranking.label is not None:
             return self.task.ranking.label, [n for n in names if n != self.task.ranking.label]
         grades = {label.name: float(label.grade or 0) for label in self.task.labels}
