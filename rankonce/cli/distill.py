@@ -120,8 +120,17 @@ def distill(
             "brings its own data: leave out --unlabelled, --valid, --styles, --task-temperature",
             param_hint="--recipe",
         )
+    if recipe is not None and len(data) > 1:
+        raise typer.BadParameter("should be the recipe's folder alone", param_hint="--data")
     if recipe is None and (folders := [path for path in data if path.is_dir()]):
         raise typer.BadParameter(f"{folders[0]} is a folder, for --recipe", param_hint="--data")
+
+    is_served = teacher is not None and teacher.startswith(("http://", "https://"))
+    if not is_served and (teacher_model is not None or concurrency != 16 or timeout_s != 60):
+        raise typer.BadParameter(
+            "should be a server's URL where --teacher-model, --concurrency or --timeout-s is given",
+            param_hint="--teacher",
+        )
 
     from rankonce.client import ClientConfig
     from rankonce.distillation.objective import DistillConfig

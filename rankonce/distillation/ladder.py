@@ -26,6 +26,7 @@ from rankonce.distillation.teachers import find_teacher
 from rankonce.environment import describe_environment
 from rankonce.errors import ModelError, TrainingError
 from rankonce.evaluation.held_out import measure_held_out
+from rankonce.model.sizes import SIZES
 from rankonce.model.sources import names_folder
 from rankonce.prompts.tasks import Task, library_tasks, load_task
 from rankonce.records import TrainingExample, describe_faults
@@ -212,8 +213,14 @@ def _check(ladder: Ladder, path: Path) -> None:
         raise TrainingError(f"{path}: rungs: should be one or more, each name once")
     if not ladder.data:
         raise TrainingError(f"{path}: data: should name a file or a recipe's folder")
-    if ladder.recipe is not None and ladder.recipe not in RECIPES:
-        raise TrainingError(f"{path}: recipe: should be one of {', '.join(RECIPES)}")
+    if ladder.recipe is not None:
+        if ladder.recipe not in RECIPES:
+            raise TrainingError(f"{path}: recipe: should be one of {', '.join(RECIPES)}")
+        if len(ladder.data) > 1 or ladder.valid or ladder.unlabelled:
+            raise TrainingError(
+                f"{path}: recipe: brings its own data; data should be its folder alone, without "
+                "valid and unlabelled"
+            )
     for place, rung in enumerate(ladder.rungs):
         where = f"{path}: rungs[{place}]"
         is_first = not place and ladder.teacher is None
@@ -221,6 +228,11 @@ def _check(ladder: Ladder, path: Path) -> None:
             raise TrainingError(f"{where}: is the first model, there is none before it")
         if (rung.size is not None) != (rung.init == "scratch"):
             raise TrainingError(f"{where}.size: belongs to init scratch, and to nothing else")
+        if rung.size is not None and rung.size not in SIZES and not Path(rung.size).is_dir():
+            raise TrainingError(
+                f"{where}.size: should be one of {', '.join(SIZES)}, or a checkpoint's folder, is "
+                f"{rung.size!r}"
+            )
         if bool(rung.prune) != (rung.init == "pruned"):
             raise TrainingError(f"{where}.prune: belongs to init pruned, and to nothing else")
         if rung.step != 1:
@@ -314,9 +326,14 @@ def _note(folder: Path, ladder: Ladder, rung: Rung) -> None:
             }
         )
     )
-    if path.exists():
-        if json.loads(path.read_text()) != made_of:
-            raise TrainingError(f"out: {folder} holds a rung that was described otherwise")
+    has_begun = (folder / "run.json").exists() or (folder / "pruned").exists()
+    if path.exists() and has_begun:
+        before = json.loads(path.read_text())
+        if changed := [name for name in made_of if before.get(name) != made_of[name]]:
+            raise TrainingError(
+                f"out: {folder} holds a rung that was described otherwise: {', '.join(changed)}; "
+                "choose a new folder, or delete this one and those after it"
+            )
         return
     folder.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".tmp")

@@ -17,6 +17,7 @@ from rankonce.training.data import LabelGroup, TokenizedExample, TrainingBatch, 
 from rankonce.training.objectives import full_precision
 
 _HIDDEN = "hidden-states"
+_LOSS, _TEACHER_SHARE, _SKEW = "forward-kl", 0.5, 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +32,11 @@ class DistillConfig:
         skew: the teacher's part of what ``skewed-kl`` compares with, between 0 and 1.
     """
 
-    losses: Mapping[str, float] = field(default_factory=lambda: {"forward-kl": 1.0})
+    losses: Mapping[str, float] = field(default_factory=lambda: {_LOSS: 1.0})
     target: str = "soft"
     temperature: float = 1.0
-    teacher_share: float = 0.5
-    skew: float = 0.1
+    teacher_share: float = _TEACHER_SHARE
+    skew: float = _SKEW
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
@@ -58,10 +59,18 @@ class DistillConfig:
             )
         if not 0 <= self.teacher_share <= 1:
             raise TrainingError(f"teacher_share: should be in 0..1, is {self.teacher_share}")
+        if self.teacher_share != _TEACHER_SHARE and self.target != "mixture":
+            raise TrainingError(
+                f"teacher_share: is of the target mixture; target {self.target} takes none"
+            )
         if not 0 < self.skew < 1:
             raise TrainingError(f"skew: should be between 0 and 1, is {self.skew}")
-        if self.needs_live_teacher and not self.rule.takes_teacher:
-            raise TrainingError(f"losses: {_HIDDEN} needs a teacher, target {self.target} has none")
+        if self.skew != _SKEW and "skewed-kl" not in self.losses:
+            raise TrainingError("skew: is of the loss skewed-kl, which is none of the losses")
+        if not self.rule.takes_teacher and dict(self.losses) != {_LOSS: 1.0}:
+            raise TrainingError(
+                f"losses: are of what is learnt from a teacher; target {self.target} has none"
+            )
 
     @property
     def rule(self) -> TargetRule:

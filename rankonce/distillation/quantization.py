@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -105,27 +106,36 @@ def quantize_model(
         requests = read_requests(options.data, model)
         check_requests(requests, model)
     before = _score(model, requests, lambda done, of: on_step("unquantised", done, of))
-    left = _write(options, model)
-    del model
-    # What is measured is what was written, as it loads again.
-    quantized = load_model(options.out, device=options.device)
-    after = _score(quantized, requests, lambda done, of: on_step("quantised", done, of))
-    record: dict[str, Any] = {
-        "scheme": options.scheme,
-        "model": Path(options.model).name,
-        "tasks": trained_tasks(Path(options.model)),
-        "left": left,
-        "bytes": {"before": _weight_bytes(options.model), "after": _weight_bytes(options.out)},
-        "verdict": "unchecked",
-        "failures": [],
-        "environment": describe_environment(),
-    }
-    if options.data is not None:
-        scores = {"unquantised": before, "quantised": after}
-        record |= _accept(scores, requests, options)
-        record["requests"] = {"source": options.data.name, **describe_requests(requests)}
-    record = without_nan(record)
-    (options.out / RECORD_FILE).write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+    # Under its name only when it has its verdict.
+    written = options.out.with_name(f".{options.out.name}.unfinished")
+    shutil.rmtree(written, ignore_errors=True)
+    try:
+        left = _write(replace(options, out=written), model)
+        del model
+        # What is measured is what was written, as it loads again.
+        quantized = load_model(written, device=options.device)
+        after = _score(quantized, requests, lambda done, of: on_step("quantised", done, of))
+        record: dict[str, Any] = {
+            "scheme": options.scheme,
+            "model": Path(options.model).name,
+            "tasks": trained_tasks(Path(options.model)),
+            "left": left,
+            "bytes": {"before": _weight_bytes(options.model), "after": _weight_bytes(written)},
+            "verdict": "unchecked",
+            "failures": [],
+            "environment": describe_environment(),
+        }
+        if options.data is not None:
+            scores = {"unquantised": before, "quantised": after}
+            record |= _accept(scores, requests, options)
+            record["requests"] = {"source": options.data.name, **describe_requests(requests)}
+        record = without_nan(record)
+        (written / RECORD_FILE).write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+        if options.out.exists():
+            options.out.rmdir()
+        os.replace(written, options.out)
+    finally:
+        shutil.rmtree(written, ignore_errors=True)
     return record
 
 

@@ -1,10 +1,9 @@
 """Stages that learn from a teacher: another stage's examples with its scores beside them."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from rankonce.distillation.asking import add_scores, fill_store
 from rankonce.distillation.objective import DistillConfig, DistillObjective
@@ -81,6 +80,7 @@ class Distillation:
             open=opens,
             examples=epoch,
             fingerprint={**source.fingerprint, "teacher": self._fingerprint()},
+            objective=asdict(self.config),
         )
 
     def describe_cost(self) -> list[str]:
@@ -146,10 +146,11 @@ class Distillation:
         if self.teacher is not None and self.store is not None:
             self.cost += fill_store(self.store, self.teacher, examples, tasks)
 
-    def _fingerprint(self) -> Mapping[str, Any] | None:
+    def _fingerprint(self) -> str | None:
         if self.teacher is None or not self.config.rule.takes_teacher:
             return None
-        return {"name": self.teacher.name, "fingerprint": self.teacher.fingerprint}
+        # Not its name, which may be another path to the same weights.
+        return self.teacher.fingerprint
 
 
 def _parts(examples: Iterable[TrainingExample]) -> Iterator[Sequence[TrainingExample]]:

@@ -92,6 +92,11 @@ def run_stages(
         "seed": seed,
         "model": model,
         "data": {key: value for source in sources for key, value in source.fingerprint.items()},
+        "objective": {
+            stage.name: dict(source.objective)
+            for stage, source in zip(stages, sources, strict=True)
+            if source.objective
+        },
     }
     if model is not None:
         record["earlier_tasks"] = list(trained_tasks(Path(model)) or ())

@@ -47,6 +47,7 @@ class StageSource:
         split: tables that the data were cut into, where the recipe cut them.
         examples: those of an epoch, where labels are learnt: a teacher can be asked of them.
         style_seed: of the wordings that they come in; see ``label_source``.
+        objective: what is learnt of the data and how; a resumed run must do the same.
     """
 
     open: Callable[[Renderer], TrainingData]
@@ -57,6 +58,7 @@ class StageSource:
     split: Mapping[str, pl.DataFrame] = field(default_factory=dict)
     examples: Callable[[int], Iterable[TrainingExample]] | None = None
     style_seed: int | None = None
+    objective: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +116,8 @@ def label_source(
     learnt = objective or LabelObjective(losses=losses or {"softmax": 1.0})
     first = list(epoch(0))
     names = sorted({example.request.task for example in (*first, *valid)})
+    if style_seed is not None and not any(find_task(name, tasks).styles for name in names):
+        raise DataError(f"styles: should be left out: {', '.join(names)} has no other wording")
 
     def open_with(renderer: Renderer) -> TrainingData:
         return TrainingData(
@@ -141,6 +145,7 @@ def label_source(
         split=split or {},
         examples=epoch,
         style_seed=style_seed,
+        objective={"labels": repr(learnt)},
     )
 
 

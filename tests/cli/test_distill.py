@@ -44,6 +44,14 @@ def test_a_student_is_distilled_and_the_second_costs_nothing(
     assert "teacher: 0 calls for 0 candidates, 0 tokens, 0 s in this run" in second.err
     record = json.loads((tmp_path / "b" / "stages" / "1-distill" / "run.json").read_text())
     assert "'log-odds-mse': 0.1" in record["objective"]
+    # A finished run is of one target and its losses.
+    for other in (("--target", "two-logits"), ("--loss", "reverse-kl"), ("--temperature", "2")):
+        again = run(
+            *("distill", *common, "--size", "0.07m", "--unlabelled", more, "--out", tmp_path / "b"),
+            *other,
+        )
+        assert again.exit_code == 1
+        assert "holds a run with another objective" in again.err
 
 
 @pytest.mark.parametrize(
@@ -56,6 +64,12 @@ def test_a_student_is_distilled_and_the_second_costs_nothing(
         (("--recipe", "ml2m"), 1, "error: recipe: should be one of ml1m"),
         ((), 1, "error: teacher: target 'soft' needs one"),
         (("--store", "x.sqlite"), 2, "belongs to --teacher"),
+        (("--recipe", "ml1m", "--data", "."), 2, "should be the recipe's folder alone"),
+        (
+            ("--teacher", "x", "--store", "x.sqlite", "--concurrency", "3"),
+            2,
+            "should be a server's URL where",
+        ),
         (
             ("--teacher", "nowhere", "--store", "x.sqlite"),
             1,

@@ -8,6 +8,8 @@ import pytest
 
 from rankonce.benchmarks.precision import PrecisionOptions, run_precision
 from rankonce.cli.quantize import Scheme
+from rankonce.distillation import quantization
+from rankonce.errors import NumericsError
 from rankonce.model.quantized import SCHEMES
 from rankonce.ranker import EMBEDDED_MODEL
 from tests.cli.conftest import Run, write_lines
@@ -77,6 +79,26 @@ def test_without_requests_nothing_is_accepted(run: Command, tmp_path: Path) -> N
     assert done.exit_code == 0
     assert done.out.startswith("cpu-int8: unchecked; ")
     assert "unchecked: without --data" in done.err
+
+
+def test_what_fails_on_the_way_leaves_no_checkpoint_without_a_verdict(
+    run: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise NumericsError("request 1: not finite")
+
+    monkeypatch.setattr(quantization, "_score", fail)
+    done = run("quantize", EMBEDDED_MODEL, "--to", "cpu-int8", "--out", tmp_path / "q")
+    assert (done.exit_code, "request 1: not finite" in done.err) == (1, True)
+    whole = quantization._write
+    monkeypatch.undo()
+    monkeypatch.setattr(quantization, "_write", lambda *one: (whole(*one), fail()))
+    done = run("quantize", EMBEDDED_MODEL, "--to", "cpu-int8", "--out", tmp_path / "q")
+    assert done.exit_code == 1
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    done = run("quantize", EMBEDDED_MODEL, "--to", "cpu-int8", "--out", tmp_path / "q")
+    assert done.exit_code == 0, done.err
 
 
 @pytest.mark.parametrize(

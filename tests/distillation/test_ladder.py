@@ -63,7 +63,21 @@ def test_every_rung_has_the_teacher_that_it_names(climbed: Path) -> None:
     large = LocalTeacher(rungs / "1-large").fingerprint
     for name in ("2-middle", "3-small"):
         record = json.loads((rungs / name / "run.json").read_text())
-        assert record["data"]["teacher"]["fingerprint"] == large
+        assert record["data"]["teacher"] == large
+
+
+def test_previous_is_the_rung_before_and_first_is_not(climbed: Path, tmp_path: Path) -> None:
+    from rankonce.distillation.teachers import LocalTeacher
+
+    place = tmp_path / "longer"
+    shutil.copytree(climbed, place)
+    more = "  - {name: last, size: 0.07m, teacher: previous}\n"
+    (place / "ladder.yaml").write_text(_LADDER.rstrip() + "\n" + more)
+    run_ladder(read_ladder(place / "ladder.yaml"), place / "out")
+    rungs = place / "out" / "rungs"
+    record = json.loads((rungs / "4-last" / "run.json").read_text())
+    assert record["data"]["teacher"] == LocalTeacher(rungs / "3-small").fingerprint
+    assert record["data"]["teacher"] != LocalTeacher(rungs / "1-large").fingerprint
 
 
 def test_finished_rungs_are_not_run_again(climbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,8 +93,43 @@ def test_finished_rungs_are_not_run_again(climbed: Path, monkeypatch: pytest.Mon
 def test_a_rung_that_is_described_otherwise_is_refused(folder: Path, climbed: Path) -> None:
     path = climbed / "other.yaml"
     path.write_text(_LADDER.replace("0.16m", "0.4m"))
-    with pytest.raises(TrainingError, match="2-middle holds a rung that was described otherwise"):
+    fault = "2-middle holds a rung that was described otherwise: size; choose a new folder"
+    with pytest.raises(TrainingError, match=fault):
         run_ladder(read_ladder(path), climbed / "out")
+
+
+def test_a_rung_that_never_began_may_be_mended(
+    climbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "mended"
+    shutil.copytree(climbed, place)
+    shutil.rmtree(place / "out" / "rungs" / "3-small")
+    whole = ladders.run_stages
+
+    def fail(*_: object, **__: object) -> None:
+        raise TrainingError("keep: too little")
+
+    monkeypatch.setattr(ladders, "run_stages", fail)
+    with pytest.raises(TrainingError, match="too little"):
+        run_ladder(read_ladder(place / "ladder.yaml"), place / "out")
+    monkeypatch.setattr(ladders, "run_stages", whole)
+    (place / "ladder.yaml").write_text(_LADDER.replace("two-logits", "soft"))
+    assert len(run_ladder(read_ladder(place / "ladder.yaml"), place / "out")) == 3
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "fault"),
+    [
+        ("size: 0.07m", "size: 9z", r"rungs\[2\].size: should be one of 0.07m, .*, is '9z'"),
+        ("valid:", "recipe: ml1m\nvalid:", "recipe: brings its own data"),
+    ],
+)
+def test_what_would_fail_after_hours_is_refused_when_read(
+    folder: Path, tmp_path: Path, old: str, new: str, fault: str
+) -> None:
+    path = write_ladder(folder, tmp_path, _LADDER.replace(old, new))
+    with pytest.raises(TrainingError, match=fault):
+        read_ladder(path)
 
 
 def test_a_rung_of_other_data_is_refused(climbed: Path, tmp_path: Path) -> None:

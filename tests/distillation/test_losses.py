@@ -155,6 +155,9 @@ def test_a_temperature_changes_divergences_alone() -> None:
         ({"teacher_share": 1.5}, "teacher_share: should be in 0..1"),
         ({"skew": 0.0}, "skew: should be between 0 and 1"),
         ({"target": "hard", "losses": {"hidden-states": 1.0}}, "target hard has none"),
+        ({"target": "hard", "losses": {"reverse-kl": 1.0}}, "target hard has none"),
+        ({"teacher_share": 0.9}, "teacher_share: is of the target mixture"),
+        ({"skew": 0.5}, "skew: is of the loss skewed-kl"),
     ],
 )
 def test_what_cannot_be_learnt_is_named(options: dict[str, Any], message: str) -> None:

@@ -68,7 +68,7 @@ def test_a_second_student_makes_no_teacher_call(
     monkeypatch.setattr("rankonce.distillation.teachers.Ranker.from_pretrained", refuse)
     assert distil(folder, tmp_path / "second", size="0.16m") == Cost()
     record = json.loads((tmp_path / "second" / "run.json").read_text())
-    assert record["data"]["teacher"]["fingerprint"] == LocalTeacher(folder / "teacher").fingerprint
+    assert record["data"]["teacher"] == LocalTeacher(folder / "teacher").fingerprint
 
 
 def test_two_readouts_resume_with_the_same_bits_and_one_is_kept(
