@@ -101,6 +101,8 @@ def evaluate(
         )
     if plot is not None:
         check_plot(plot)
+    if scores is not None and not scores.absolute().parent.is_dir():
+        raise DataError(f"scores: {scores.parent} should be a folder that is there")
     adapters = read_adapters(adapter)
     rankers = {
         _name(one): load_ranker(
@@ -130,6 +132,10 @@ def evaluate(
         )
         tables = {"metrics": labelled.rows, "differences": labelled.differences}
         tokens, single = labelled.tokens, labelled.scores
+        if labelled.left_out:
+            typer.echo(
+                f"{labelled.left_out:,} candidates without a hard label were left out", err=True
+            )
     else:
         from rankonce.datasets.movielens import read_rows
         from rankonce.evaluation.protocols import evaluate_movies

@@ -81,10 +81,13 @@ def pretrain(
     check_start(model, size)
     if max_steps is not None and epochs is not None:
         raise typer.BadParameter("takes the place of --epochs", param_hint="--max-steps")
+    weights = dict(map(read_weight, data))
+    if len(weights) < len(data):
+        raise typer.BadParameter("should name each file once", param_hint="--data")
     quiet_transformers()
     measured = run(
         PretrainingData(
-            weights=dict(map(read_weight, data)),
+            weights=weights,
             valid=valid or (),
             max_tokens_per_document=max_tokens_per_document,
             until=until.replace(tzinfo=UTC).timestamp() if until else None,

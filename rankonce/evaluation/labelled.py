@@ -6,14 +6,14 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-from rankonce.errors import DataError, RankOnceError
+from rankonce.errors import DataError, RankOnceError, TaskError
 from rankonce.evaluation.metrics import (
     bootstrap_over_members,
     distinct_score_ratio,
     paired_bootstrap_over_members,
 )
 from rankonce.evaluation.report import EvaluationRow
-from rankonce.prompts.tasks import Task
+from rankonce.prompts.tasks import Task, find_task
 from rankonce.ranker import Ranker
 from rankonce.records import ScoreRequest, ScoreResult, TrainingExample
 
@@ -38,6 +38,7 @@ class LabelledEvaluation:
         differences: for every task the first ranker's AUC (NDCG@10 where grades rank) minus that
             of each other one, paired.
         tokens: what the first ranker read, and what one prompt per candidate would have cost.
+        left_out: candidates without a label or with a soft one.
         scores: task, user_id (the request's number), label and score of the first ranker: what
             ranks, 0 or 1 and P(label), or the grade and the expected one.
     """
@@ -46,6 +47,7 @@ class LabelledEvaluation:
     differences: Sequence[EvaluationRow]
     tokens: Mapping[str, int]
     scores: pl.DataFrame
+    left_out: int = 0
 
 
 def evaluate_examples(
@@ -64,6 +66,8 @@ def evaluate_examples(
         DataError: a request cannot be scored, no candidate has a hard label, or a label is none of
             its task.
     """
+    known = next(iter(rankers.values())).tasks
+    left_out = sum(_count_left_out(one, known, n) for n, one in enumerate(examples, start=1))
     requests = [example.request for example in examples]
     tables: dict[str, pl.DataFrame] = {}
     tokens = {"computed_tokens": 0, "separate_tokens": 0}
@@ -80,11 +84,6 @@ def evaluate_examples(
             for label, candidate in zip(example.labels, result.candidates, strict=True):
                 if not isinstance(label, str):
                     continue
-                if label not in grade_of:
-                    raise DataError(
-                        f"labels: request {number + 1} should have {', '.join(grade_of)} or null, "
-                        f"has {label!r}"
-                    )
                 shares = np.exp([candidate.log_probs[one] for one in grade_of])
                 values.append(
                     {
@@ -126,7 +125,24 @@ def evaluate_examples(
                     standard_errors={"difference": estimate.standard_error},
                 )
             )  # fmt: skip
-    return LabelledEvaluation(rows=rows, differences=differences, tokens=tokens, scores=first)
+    return LabelledEvaluation(
+        rows=rows, differences=differences, tokens=tokens, scores=first, left_out=left_out
+    )
+
+
+def _count_left_out(example: TrainingExample, tasks: Mapping[str, Task], number: int) -> int:
+    """Check the labels of a request, and count its candidates that cannot be measured."""
+    try:
+        names = find_task(example.request.task, tasks).label_names
+    except TaskError as error:
+        raise DataError(f"{example.place(number)}: {error}") from error
+    for label in example.labels:
+        if isinstance(label, str) and label not in names:
+            raise DataError(
+                f"{example.place(number)}: labels: should be of {', '.join(names)} or null, has "
+                f"{label!r}"
+            )
+    return sum(not isinstance(label, str) for label in example.labels)
 
 
 def _score(ranker: Ranker, requests: Sequence[ScoreRequest]) -> list[ScoreResult]:

@@ -1,5 +1,6 @@
 """What a file or folder holds, told by its name and columns, and how it is read as texts."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -56,8 +57,8 @@ def open_corpora(path: Path, *, weight: float = 1.0, until: float | None = None)
     Raises:
         DataError: names the file and what would be right.
     """
-    if not weight > 0:
-        raise DataError(f"{path}: should weigh more than 0, weighs {weight:g}")
+    if not 0 < weight < math.inf:
+        raise DataError(f"{path}: should weigh more than 0 and be finite, weighs {weight:g}")
     if path.is_dir():
         rows = next((path / name for name in _ROWS if (path / name).is_file()), None)
         if rows is not None and (path / ITEMS).is_file():

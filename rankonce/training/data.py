@@ -222,13 +222,15 @@ def _target(label: str | Mapping[str, float] | None, names: tuple[str, ...]) -> 
     if label is None:
         return None
     shares = {label: 1.0} if isinstance(label, str) else dict(label)
-    if not set(shares) <= set(names) or not all(
-        isinstance(x, int | float) for x in shares.values()
-    ):
+    if not shares or not set(shares) <= set(names) or not all(map(_is_number, shares.values())):
         raise TaskError(f"labels: should be of {', '.join(names)}, is {label!r}")
     if min(shares.values()) < 0 or not math.isclose(sum(shares.values()), 1.0, abs_tol=1e-6):
         raise TaskError(f"labels: probabilities should be from 0 and sum to 1, are {label!r}")
     return tuple(shares.get(name, 0.0) for name in names)
+
+
+def _is_number(share: object) -> bool:
+    return isinstance(share, int | float) and not isinstance(share, bool)
 
 
 def mix_tasks(

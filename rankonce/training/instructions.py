@@ -98,8 +98,7 @@ def instruct_source(
             for turn in conversation.turns:
                 yield f" {turn.content}" if turn.role == "assistant" else f"{turn.content}\nAnswer:"
 
-    first = islice(_read_all(config.examples), _NUM_TOKENIZER_TEXTS)
-    names = sorted({example.request.task for _, example in first})
+    names = sorted({example.request.task for _, example in _read_all(config.examples)})
     wording = "".join(one.model_dump_json() for one in known).encode()
     settings = {
         "chat_share": config.chat_share if config.chat and config.examples else None,

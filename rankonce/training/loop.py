@@ -339,7 +339,10 @@ def _plan_steps(
         if data.is_stream:
             order = shuffle_stream(units, buffer_size=config.buffer_size, seed=seed)
         else:
-            order = iter(shuffle_units(list(units), seed=seed))
+            held = list(units)
+            if held and not any(unit.num_targets for unit in held):
+                raise TrainingError("labels: should be known of one candidate at least")
+            order = iter(shuffle_units(held, seed=seed))
         steps: Iterable[list[Unit]] = cut_into_steps(
             order, targets_per_step=config.targets_per_step
         )

@@ -55,6 +55,7 @@ def test_a_file_with_unknown_columns_is_refused_before_anything_is_written(
         (["--model", "m", "--size", "1m"], "is for training from scratch"),
         (["--schedule", "zigzag"], "zigzag"),
         (["--until", "yesterday"], "yesterday"),
+        (["--data", "same.txt", "--data", "same.txt=2"], "should name each file once"),
     ],
 )
 def test_options_that_contradict_are_bad_usage(

@@ -132,6 +132,35 @@ def test_a_request_that_cannot_be_scored_is_named(
     assert done.err.startswith("error: request 2: candidates[0]: the prompt has")
 
 
+def test_what_cannot_be_measured_is_counted_or_named_before_anything_is_scored(
+    run: Command, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = simulate(run, tmp_path / "test.jsonl", "test")[:3]
+    count = len(rows[1]["labels"])  # type: ignore[arg-type]
+    rows[1]["labels"] = [{"Yes": 0.4, "No": 0.6}] * count
+    path = tmp_path / "some.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ("evaluate", "--model", model, "--num-resamples", 20, "--examples")
+    done = run(*given, path)
+    assert done.exit_code == 0, done.err
+    assert f"{count} candidates without a hard label were left out" in done.err
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("something was scored")
+
+    monkeypatch.setattr(Ranker, "score_many", refuse)
+    lost = run(*given, path, "--scores", tmp_path / "nowhere" / "x.parquet")
+    assert lost.exit_code == 1
+    assert lost.err.endswith("nowhere should be a folder that is there\n")
+    rows[2]["labels"] = ["Maybe"] * len(rows[2]["labels"])  # type: ignore[arg-type]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    wrong = run(*given, tmp_path / "test.jsonl", "--examples", path)
+    assert wrong.exit_code == 1
+    assert wrong.err == (
+        f"error: {path}: line 3: labels: should be of Yes, No or null, has 'Maybe'\n"
+    )
+
+
 def test_an_experiment_trains_prunes_and_judges(run: Command, tmp_path: Path) -> None:
     simulate(run, tmp_path / "train.jsonl", "train")
     simulate(run, tmp_path / "test.jsonl", "test")

@@ -20,10 +20,19 @@ def examples(*labels: object) -> list[TrainingExample]:
     return [TrainingExample(request=request, labels=labels)] * 4  # type: ignore[arg-type]
 
 
-def run(out: Path, valid: list[TrainingExample], model: str | None = None) -> None:
+def run(
+    out: Path,
+    valid: list[TrainingExample],
+    model: str | None = None,
+    losses: dict[str, float] | None = None,
+) -> None:
     def load(_: Path, config: TrainConfig, tasks: Tasks) -> StageSource:
         return label_source(
-            lambda number: examples("Yes", "No", "Yes"), tasks=tasks, valid=valid, fingerprint={}
+            lambda number: examples("Yes", "No", "Yes"),
+            tasks=tasks,
+            valid=valid,
+            losses=losses,
+            fingerprint={},
         )
 
     config = TrainConfig(epochs=1, targets_per_step=6, steps_per_checkpoint=1)
@@ -102,3 +111,10 @@ def test_a_run_knows_the_tasks_of_its_start(tmp_path: Path) -> None:
     (tmp_path / "first" / "run.json").write_text(json.dumps(record))
     run(tmp_path / "second", [], model=str(tmp_path / "first"))
     assert trained_tasks(tmp_path / "second") == ("movie-like", "song-next")
+
+
+def test_a_finished_run_refuses_other_losses(tmp_path: Path) -> None:
+    run(tmp_path, [])
+    run(tmp_path, [])
+    with pytest.raises(TrainingError, match="holds a run with another objective"):
+        run(tmp_path, [], losses={"listwise": 1.0})

@@ -305,6 +305,22 @@ def test_every_recipe_builds(name: str) -> None:
             "sum to 1",
         ),
         (
+            '{"task": "movie-like", "candidates": [{"fields": {"title": "x"}}], "labels": [{}]}',
+            DataError,
+            "examples.jsonl: line 1: labels: should be of Yes, No, is {}",
+        ),
+        (
+            '{"task": "movie-like", "candidates": [{"fields": {"title": "x"}}],'
+            ' "labels": [{"Yes": true, "No": false}]}',
+            DataError,
+            "should be of Yes, No, is {'Yes': True",
+        ),
+        (
+            '{"task": "movie-like", "candidates": [{"fields": {"title": "x"}}], "labels": [null]}',
+            TrainingError,
+            "labels: should be known of one candidate at least",
+        ),
+        (
             '{"task": "movie-like", "candidates": [{"title": "x"}], "labels": ["Yes"]}',
             DataError,
             r"candidates\[0\]",

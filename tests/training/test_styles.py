@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from rankonce.cli.tasks import example_request
+from rankonce.errors import DataError
 from rankonce.model.loading import LoadedModel
 from rankonce.prompts.encoding import TextEncoder
 from rankonce.prompts.rendering import Renderer
@@ -70,6 +71,15 @@ def test_without_styles_and_for_valid_examples_the_own_wording_is_read(
     )
     assert set(wordings_read(styled.open(renderer).valid(), renderer)) == {0}
     assert plain.fingerprint != styled.fingerprint
+
+
+def test_styles_of_tasks_that_have_none_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "examples.jsonl"
+    request = {"task": "similar-item", **example_request(library_tasks()["similar-item"])}
+    path.write_text(json.dumps({**request, "labels": ["Yes"] * len(request["candidates"])}) + "\n")
+    finetune_source([path], TrainConfig(), library_tasks())
+    with pytest.raises(DataError, match="styles: should be left out: similar-item has no"):
+        finetune_source([path], TrainConfig(), library_tasks(), styles=True)
 
 
 def test_a_tokenizer_is_trained_on_the_wordings_that_are_read(

@@ -177,7 +177,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
         (tmp_path / name).write_text("x")
         with pytest.raises(DataError, match=fault):
             open_corpora(tmp_path / name)
-    with pytest.raises(DataError, match="should weigh more than 0, weighs 0"):
+    with pytest.raises(DataError, match="should weigh more than 0 and be finite, weighs 0"):
         open_corpora(tmp_path, weight=0)
 
 
