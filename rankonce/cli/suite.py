@@ -118,6 +118,12 @@ def suite(
 
         loaders = example_loaders((one for path in examples for one in read_examples(path)), cut)
         left_out: dict[str, str] = {}
+        if since is None and late_share < 1:
+            typer.echo(
+                f"examples: of each task the newest {late_share:.0%} of the requests are scored, "
+                "the others are what was known before; --late-share 1 scores all",
+                err=True,
+            )
     else:
         loaders, left_out = library_loaders(data, cut, seed=seed)
     if task:

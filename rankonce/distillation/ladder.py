@@ -63,8 +63,8 @@ class Rung:
         steps: go to ``prune.keep`` in so many rungs, each pruned from the one before and trained
             with the budget of ``train``: NAME-1, NAME-2 …
         step: which of them a rung is; the ladder says so, the file does not.
-        target, losses, temperature, teacher_share: see ``DistillConfig``; without a teacher the
-            target is ``hard``.
+        target, losses, temperature, teacher_share, skew: see ``DistillConfig``; without a teacher
+            the target is ``hard``.
         train: the budget, as settings of ``TrainConfig``, over those of the ladder.
     """
 
@@ -80,6 +80,7 @@ class Rung:
     losses: Mapping[str, float] = field(default_factory=lambda: {"forward-kl": 1.0})
     temperature: float = 1.0
     teacher_share: float = 0.5
+    skew: float = 0.1
     train: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -90,6 +91,7 @@ class Rung:
             target=self.target or ("hard" if self.teacher is None else "soft"),
             temperature=self.temperature,
             teacher_share=self.teacher_share,
+            skew=self.skew,
         )
 
 

@@ -22,6 +22,8 @@ from rankonce.training.verbalised import (
     TableForm,
     count_common,
     count_movielens,
+    count_unread,
+    count_untitled,
     read_common_rows,
     read_histories,
     read_items,
@@ -103,6 +105,8 @@ def _open_items(path: Path, rows: Path | None, *, weight: float, until: float | 
     form = _form_of_items(path)
     count = count_common if form is COMMON else count_movielens
     description = f"{form.kind}s, {pq.read_metadata(path).num_rows:,} rows"
+    if untitled := count_untitled(path, form):
+        description += f" ({untitled:,} without a title left out)"
     if rows is None:
         return Corpus(
             files=(path,),
@@ -128,9 +132,11 @@ def _open_rows(path: Path, *, weight: float, until: float | None) -> Corpus:
     _check_rows(path, form)
     num_rows = pq.read_metadata(path).num_rows
     rows = partial(read_common_rows if form is COMMON else read_movielens_rows, path, until=until)
+    unread = count_unread(path, items, form)
+    left_out = f" ({unread:,} with a null or without a titled item left out)" if unread else ""
     return Corpus(
         files=(path, items),
-        description=f"histories of members, {num_rows:,} rows, with titles of {ITEMS}",
+        description=f"histories of members, {num_rows:,} rows{left_out}, with titles of {ITEMS}",
         read=lambda seed: read_histories(rows(), items, form, num_rows=num_rows, seed=seed),
         weight=weight,
     )

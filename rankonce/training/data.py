@@ -154,6 +154,21 @@ def _read_example(data: Any, *, has_labels: bool) -> TrainingExample:
     return TrainingExample(request=request, labels=tuple(labels))
 
 
+def check_examples(examples: Iterable[TrainingExample], tasks: Mapping[str, Task]) -> None:
+    """Check tasks and labels before a run is begun.
+
+    Raises:
+        DataError: names the file and the line, or the example, and what is wrong with it.
+    """
+    for number, example in enumerate(examples, start=1):
+        try:
+            names = find_task(example.request.task, tasks).label_names
+            for label in example.labels:
+                _target(label, names)
+        except TaskError as error:
+            raise DataError(f"{example.place(number)}: {error}") from error
+
+
 def tokenize_examples(
     examples: Iterable[TrainingExample],
     renderer: Renderer,

@@ -20,6 +20,7 @@ from rankonce.records import TrainingExample
 from rankonce.training.data import (
     TokenizedExample,
     WordingChoice,
+    check_examples,
     mix_tasks,
     read_examples,
     read_unlabelled,
@@ -115,6 +116,8 @@ def label_source(
     """
     learnt = objective or LabelObjective(losses=losses or {"softmax": 1.0})
     first = list(epoch(0))
+    check_examples(first, tasks)
+    check_examples(valid, tasks)
     names = sorted({example.request.task for example in (*first, *valid)})
     if style_seed is not None and not any(find_task(name, tasks).styles for name in names):
         raise DataError(f"styles: should be left out: {', '.join(names)} has no other wording")

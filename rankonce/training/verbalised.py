@@ -144,6 +144,35 @@ def read_movielens_rows(path: Path, *, until: float | None) -> Iterator[Row]:
             yield user, item, "liked" if value else "disliked", None, time
 
 
+def count_untitled(items: Path, form: TableForm) -> int:
+    """Count the items without a title, which make no text."""
+    untitled = pl.scan_parquet(items).filter(~_is_titled(form))
+    return int(untitled.select(pl.len()).collect(engine="streaming").item())
+
+
+def count_unread(rows: Path, items: Path, form: TableForm) -> int:
+    """Count the rows that no history holds: with a null, without an action or a titled item."""
+    everything = pl.scan_parquet(rows)
+    if form is MOVIELENS:
+        whole = _movielens(rows, until=None).rename({"item_id": "item"})
+    else:
+        whole = everything.filter(pl.col("action").is_not_null() & (pl.col("action") != ""))
+    # Tables may hold their numbers in other widths.
+    name = pl.col("item").cast(pl.String)
+    known = pl.scan_parquet(items).filter(_is_titled(form)).select(item=form.item)
+    read = whole.with_columns(name).join(known.with_columns(name), on="item", how="semi")
+    counts = [
+        int(frame.select(pl.len()).collect(engine="streaming").item())
+        for frame in (everything, read)
+    ]
+    return counts[0] - counts[1]
+
+
+def _is_titled(form: TableForm) -> pl.Expr:
+    title = pl.col(form.columns["title"]).cast(pl.String)
+    return title.str.strip_chars().fill_null("") != ""
+
+
 def count_common(path: Path, *, until: float | None) -> dict[Any, tuple[int, int]]:
     """Count raters and likes of every item over all events with stars."""
     events = pl.scan_parquet(path).filter(pl.col("action").is_in(_STARRED))

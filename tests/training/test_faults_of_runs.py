@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from rankonce.errors import TrainingError
+from rankonce.errors import DataError, TrainingError
 from rankonce.evaluation.held_out import measure_held_out
 from rankonce.records import Item, ScoreRequest, TrainingExample
 from rankonce.training.checkpoint import trained_tasks
@@ -118,3 +118,30 @@ def test_a_finished_run_refuses_other_losses(tmp_path: Path) -> None:
     run(tmp_path, [])
     with pytest.raises(TrainingError, match="holds a run with another objective"):
         run(tmp_path, [], losses={"listwise": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("labels", "valid", "message"),
+    [
+        (("Yes", "Maybe"), ("Yes", "No"), "example 1: labels: should be of Yes, No, is 'Maybe'"),
+        (("Yes", "No"), ("Perhaps", "No"), "labels: should be of Yes, No, is 'Perhaps'"),
+    ],
+)
+def test_a_faulty_label_leaves_no_folder_that_a_mended_file_would_not_get(
+    tmp_path: Path, labels: tuple[str, ...], valid: tuple[str, ...], message: str
+) -> None:
+    def load(_: Path, config: TrainConfig, tasks: Tasks) -> StageSource:
+        return label_source(
+            lambda number: examples(*labels), tasks=tasks, valid=examples(*valid), fingerprint={}
+        )
+
+    with pytest.raises(DataError, match=message):
+        run_stages(
+            [Stage(name="finetune", load=load)],
+            tmp_path,
+            tmp_path / "out",
+            name="finetune",
+            size="0.07m",
+            seed=0,
+        )
+    assert not (tmp_path / "out").exists()

@@ -123,10 +123,26 @@ def test_styles_differ_between_epochs_and_not_between_readings(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("tables", "name", "description"),
     [
-        ({"items": ITEMS}, "items.parquet", "items, 3 rows, without counts"),
+        (
+            {"items": ITEMS},
+            "items.parquet",
+            "items, 3 rows (1 without a title left out), without counts",
+        ),
         ({"items": FILMS}, "items.parquet", "films, 2 rows, without counts"),
-        ({"items": ITEMS, "events": EVENTS}, "events.parquet", "histories of members, 7 rows"),
-        ({"items": FILMS, "mine": RATINGS}, "mine.parquet", "histories of members, 3 rows"),
+        (
+            {"items": ITEMS, "events": EVENTS},
+            "events.parquet",
+            "histories of members, 7 rows (2 with a null or without a titled item left out), with",
+        ),
+        ({"items": FILMS, "mine": RATINGS}, "mine.parquet", "histories of members, 3 rows, with"),
+        (
+            {
+                "items": FILMS.with_columns(pl.col("item_id").cast(pl.Int32)),
+                "mine": RATINGS.with_columns(rating=pl.Series([None, 5.0, 2.0])),
+            },
+            "mine.parquet",
+            "histories of members, 3 rows (1 with a null or without a titled item left out), with",
+        ),
         ({"notes": pl.DataFrame({"text": ["a"]})}, "notes.parquet", "the column text"),
     ],
 )
