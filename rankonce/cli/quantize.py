@@ -38,6 +38,13 @@ def quantize(
             help="Another bar of the acceptance, such as kendall_tau=0.95; give several.",
         ),
     ] = None,
+    keep_refused: Annotated[
+        bool,
+        typer.Option(
+            "--keep-refused",
+            help="End well though the ranking is refused, as where an experiment goes on with it.",
+        ),
+    ] = False,
     device: Annotated[
         str | None,
         typer.Option(help="cpu, cuda, ...", show_default="the GPU if there is one"),
@@ -71,8 +78,9 @@ def quantize(
     if record["verdict"] == "unchecked":
         typer.echo("unchecked: without --data nothing says that it still ranks as before", err=True)
     if record["verdict"] == "refused":
-        typer.echo(f"error: refused: {'; '.join(record['failures'])}", err=True)
-        raise typer.Exit(1)
+        fault = "" if keep_refused else "error: "
+        typer.echo(f"{fault}refused: {'; '.join(record['failures'])}", err=True)
+        raise typer.Exit(0 if keep_refused else 1)
 
 
 def _read_bars(texts: list[str]) -> dict[str, float]:

@@ -69,6 +69,13 @@ def test_what_is_refused_exits_with_1_and_loads_with_a_warning(
     assert done.exit_code == 1
     assert done.err.splitlines()[-1].startswith("error: refused: kendall_tau should be ≥ 1.0, is ")
     assert json.loads(done.out)["verdict"] == "refused"
+    kept = run(
+        *("quantize", EMBEDDED_MODEL, "--to", "fp8", "--out", tmp_path / "kept"),
+        *("--data", labelled, "--accept", "kendall_tau=1", "--keep-refused"),
+    )
+    assert kept.exit_code == 0
+    assert kept.err.splitlines()[-1].startswith("refused: kendall_tau should be ≥ 1.0, is ")
+    assert kept.out.startswith("fp8: refused; ")
     scored = run("score", EMBEDDED_MODEL / "demo.jsonl", "--model", out)
     assert scored.exit_code == 0, scored.err
     assert "was refused by the ranking acceptance when it was quantised" in caplog.text

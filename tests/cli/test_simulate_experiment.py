@@ -161,7 +161,9 @@ def test_what_cannot_be_measured_is_counted_or_named_before_anything_is_scored(
     )
 
 
-def test_an_experiment_trains_prunes_and_judges(run: Command, tmp_path: Path) -> None:
+def test_an_experiment_trains_prunes_quantises_measures_and_judges(
+    run: Command, tmp_path: Path
+) -> None:
     simulate(run, tmp_path / "train.jsonl", "train")
     simulate(run, tmp_path / "test.jsonl", "test")
     file = tmp_path / "half.yaml"
@@ -172,12 +174,22 @@ def test_an_experiment_trains_prunes_and_judges(run: Command, tmp_path: Path) ->
         "steps": {
             "teacher": "finetune --data {train} --size 0.07m --epochs 1 --out {out}",
             "small": "prune {teacher} --data {test} --keep {keep} --out {out}",
+            "int8": "quantize {small} --to cpu-int8 --data {test} --keep-refused --out {out}",
         },
         "measures": {
-            "quality": "evaluate --model {model} --examples {test} --json --scores {scores}"
+            "quality": "evaluate --model {model} --examples {test} --json --scores {scores}",
+            "speed": "bench rungs {teacher} {model} --data {test} --rounds 1 --json",
         },
-        "columns": {"auc": "quality.metrics.0.metrics.auc"},
-        "runs": [{"name": "teacher", "model": "{teacher}"}, {"name": "small"}],
+        "alone": ["speed"],
+        "columns": {
+            "auc": "quality.metrics.0.metrics.auc",
+            "size": "speed.rungs.1.weights_mb",
+        },
+        "runs": [
+            {"name": "teacher", "model": "{teacher}"},
+            {"name": "small"},
+            {"name": "int8", "model": "{int8}"},
+        ],
         "compare": "quality",
         "baseline": "teacher",
         "rules": [{"name": "as good", "run": "small", "against": "teacher", "within": 0.5}],
@@ -188,14 +200,18 @@ def test_an_experiment_trains_prunes_and_judges(run: Command, tmp_path: Path) ->
     planned = run("experiment", file, "--out", out, "--dry-run")
     assert planned.exit_code == 0, planned.err
     assert [line.split()[3] for line in planned.out.splitlines()] == [
-        "teacher:", "quality:", "small:", "quality:",
+        *("teacher:", "quality:", "speed:"),
+        *("small:", "quality:", "speed:"),
+        *("int8:", "quality:", "speed:"),
     ]  # fmt: skip
     done = run("experiment", file, "--out", out)
     assert done.exit_code == 0, done.err
     assert "as good (within ±0.5): holds" in done.out
     table = pl.read_parquet(out / "results.parquet")
-    assert table["run"].to_list() == ["teacher", "small"]
+    assert table["run"].to_list() == ["teacher", "small", "int8"]
     assert table["auc"].is_between(0.3, 1).all()
+    assert table["size"].is_sorted(descending=True)
+    assert table["size"].n_unique() == 3
     report = json.loads((out / "report.json").read_text())
     difference = report["comparisons"][0]["estimate"]["value"]
     assert difference == pytest.approx(table["auc"][1] - table["auc"][0], abs=1e-9)
