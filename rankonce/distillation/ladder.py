@@ -196,6 +196,14 @@ def run_ladder(ladder: Ladder, out: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def held_out_examples(ladder: Ladder, tasks: Sequence[Task]) -> Sequence[TrainingExample]:
+    """Read the labelled requests that every rung is measured on; there may be none."""
+    stage = _stage(ladder, ladder.rungs[0])
+    known = {**library_tasks(), **{task.name: task for task in tasks}}
+    source = stage.load(ladder.data[0], stage.config, known)
+    return source.valid if source is not None else ()
+
+
 def count_parameters(folder: Path) -> int:
     """Count the numbers in a checkpoint's safetensors."""
     total = 0
@@ -422,6 +430,7 @@ def _row(rung: Rung, folder: Path) -> dict[str, Any]:
     measured = stage / "evaluation.json"
     return {
         "name": rung.name,
+        "model": str(folder),
         "parameters": count_parameters(folder),
         "teacher": rung.teacher,
         "metrics": json.loads(measured.read_text()) if measured.exists() else {},
@@ -431,12 +440,10 @@ def _row(rung: Rung, folder: Path) -> dict[str, Any]:
 
 def _teacher_row(ladder: Ladder, folder: Path, tasks: Sequence[Task]) -> dict[str, Any]:
     """Measure the first model on what the rungs are measured on."""
-    stage = _stage(ladder, ladder.rungs[0])
-    known = {**library_tasks(), **{task.name: task for task in tasks}}
-    source = stage.load(ladder.data[0], stage.config, known)
-    valid = source.valid if source is not None else ()
+    valid = held_out_examples(ladder, tasks)
     return {
         "name": folder.name,
+        "model": str(folder),
         "parameters": count_parameters(folder),
         "teacher": None,
         "metrics": measure_held_out(folder, valid, tasks=tasks) if valid else {},

@@ -111,7 +111,12 @@ def test_a_ladder_prints_its_table(run: Command, folder: Path, tmp_path: Path) -
     assert done.exit_code == 0, done.err
     head, _, *rows = done.out.splitlines()
     assert head.startswith("| rung | parameters | teacher | movie-like auc |")
+    assert head.endswith("| pass p50, ms | tokens/s | candidates/s | peak memory, MB |")
     assert [row.split(" | ")[0] for row in rows] == ["| large", "| middle", "| small"]
+    kept = json.loads((tmp_path / "out" / "ladder.json").read_text())["rungs"]
+    assert all(value > 0 for one in kept for value in one["speed"].values())
+    plain = run("ladder", path, "--out", tmp_path / "out", "--rounds", "0")
+    assert "tokens/s" not in plain.out
 
 
 def test_a_ladder_without_its_teacher_begins_no_rung(

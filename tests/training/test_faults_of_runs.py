@@ -1,13 +1,19 @@
 """What would cost a whole training run is refused before it, and what a kill leaves is mended."""
 
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 from rankonce.errors import DataError, TrainingError
 from rankonce.evaluation.held_out import measure_held_out
 from rankonce.records import Item, ScoreRequest, TrainingExample
+from rankonce.training import runs
 from rankonce.training.checkpoint import trained_tasks
 from rankonce.training.loop import TrainConfig
 from rankonce.training.runs import run_stages
@@ -145,3 +151,59 @@ def test_a_faulty_label_leaves_no_folder_that_a_mended_file_would_not_get(
             seed=0,
         )
     assert not (tmp_path / "out").exists()
+
+
+def measure(*given: Any) -> Any:
+    return measure_held_out(*given)
+
+
+def run_two_stages(out: Path) -> dict[str, Tensor]:
+    def load(_: Path, config: TrainConfig, tasks: Tasks) -> StageSource:
+        return label_source(
+            lambda number: examples("Yes", "No", "Yes"),
+            tasks=tasks,
+            valid=examples("Yes", "No"),
+            fingerprint={},
+        )
+
+    config = TrainConfig(epochs=2, targets_per_step=6, steps_per_checkpoint=2, dropout=0.1)
+    run_stages(
+        [Stage(name=name, load=load, config=config) for name in ("first", "second")],
+        out,
+        out,
+        name="both",
+        size="0.07m",
+        seed=3,
+        evaluate=lambda *given: measure(*given),
+    )
+    return load_file(out / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("place", "turn"),
+    [("_write_start", 1), ("train", 1), ("train", 2), ("measure", 1), ("measure", 2),
+     ("_finish", 1), ("save_model", 2), ("finish_run", 1), ("write_model_card", 1)],
+)  # fmt: skip
+def test_a_run_that_is_killed_between_its_stages_ends_with_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, turn: int
+) -> None:
+    whole = run_two_stages(tmp_path / "whole")
+    called = []
+    module = sys.modules[__name__] if place == "measure" else runs
+    real = getattr(module, place)
+
+    def kill(*arguments: Any, **options: Any) -> Any:
+        called.append(place)
+        if len(called) == turn:
+            raise KeyboardInterrupt
+        return real(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, place, kill)
+        with pytest.raises(KeyboardInterrupt):
+            run_two_stages(tmp_path / "killed")
+    again = run_two_stages(tmp_path / "killed")
+    assert whole.keys() == again.keys()
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    for name in ("run.json", "README.md", "stages/2-second/evaluation.json"):
+        assert (tmp_path / "killed" / name).exists()
