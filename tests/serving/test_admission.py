@@ -5,7 +5,7 @@ import json
 import logging
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import StringIO
@@ -205,13 +205,22 @@ class Logs:
     json: StringIO
     text: StringIO
 
-    def records(self, logger: str = "rankonce.access", *, wait_for: int = 1) -> list[Any]:
-        """Read a logger's lines once there are this many: each follows its answer."""
+    def records(
+        self, logger: str = "rankonce.access", *, ids: Sequence[str] | None = None
+    ) -> list[Any]:
+        """Read a logger's lines once there is one, or one of each of these requests.
+
+        A line follows its answer, so the last one of an earlier test may come among these.
+        """
         deadline = time.monotonic() + 5
         while True:
             lines = [json.loads(line) for line in self.json.getvalue().splitlines()]
-            lines = [line for line in lines if line["logger"] == logger]
-            if len(lines) >= wait_for or time.monotonic() > deadline:
+            lines = [
+                line
+                for line in lines
+                if line["logger"] == logger and (ids is None or line["request_id"] in ids)
+            ]
+            if len(lines) >= len(ids or "1") or time.monotonic() > deadline:
                 return lines
             time.sleep(0.01)
 
@@ -242,15 +251,14 @@ def test_every_question_is_one_line_without_its_text(
     guarded: httpx.Client,
 ) -> None:
     with logs() as written:
-        headers = {**bearer("search"), "X-Request-Id": "id-1"}
-        guarded.post(f"{PATH}?member=Zanzibar", json=QUESTION, headers=headers)
-        guarded.get("/v1/models/Zanzibar", headers=bearer("search"))
-        guarded.post("/Zanzibar", json=QUESTION, headers=bearer("search"))
-        guarded.post("/v1/rank", json={"task": "Zanzibar"}, headers=bearer("search"))
-        guarded.post(PATH, content='{"Zanzibar', headers=bearer("search"))
-        # The last line of another test may come late.
-        written.records(wait_for=5)
-        lines = [line for line in written.records() if line["status"] != 401]
+        ids = [f"line-{number}" for number in range(5)]
+        headers = [{**bearer("search"), "X-Request-Id": name} for name in ids]
+        guarded.post(f"{PATH}?member=Zanzibar", json=QUESTION, headers=headers[0])
+        guarded.get("/v1/models/Zanzibar", headers=headers[1])
+        guarded.post("/Zanzibar", json=QUESTION, headers=headers[2])
+        guarded.post("/v1/rank", json={"task": "Zanzibar"}, headers=headers[3])
+        guarded.post(PATH, content='{"Zanzibar', headers=headers[4])
+        lines = sorted(written.records(ids=ids), key=lambda line: ids.index(line["request_id"]))
     assert [(line["method"], line["route"], line["status"]) for line in lines] == [
         ("POST", PATH, 200),
         ("GET", "/v1/models/{name:path}", 404),
@@ -259,7 +267,7 @@ def test_every_question_is_one_line_without_its_text(
         ("POST", PATH, 400),
     ]
     first = lines[0]
-    assert first["request_id"] == "id-1"
+    assert [line["request_id"] for line in lines] == ids
     assert first["key"] == "search"
     assert first["tokens"] > 0
     assert first["seconds"] > 0
