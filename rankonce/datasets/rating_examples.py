@@ -90,12 +90,18 @@ def rating_examples(
 
 
 def like_rows(
-    ratings: Ratings, *, max_members: int | None = None, co_likes: bool = False
+    ratings: Ratings,
+    *,
+    max_members: int | None = None,
+    co_likes: bool = False,
+    rows_per_request: int = 1,
 ) -> MovieRows:
     """Bring ratings of films into the rows that ``datasets.movielens`` makes requests of.
 
     Args:
         co_likes: as in ``ExampleConfig``.
+        rows_per_request: so many rows of a member are asked at one time, that of the first of
+            them: what was known then is said of all.
 
     Returns:
         Their ``rows`` also have the columns that ``rankonce evaluate`` takes.
@@ -104,7 +110,10 @@ def like_rows(
     chosen = known
     if max_members is not None:
         chosen = label_likes(ratings.of_members(max_members), "value")
-    rows = add_histories(chosen, chosen)
+    asked = chosen.with_columns(
+        pl.col("timestamp").first().over("user_id", _request_numbers(rows_per_request))
+    )
+    rows = add_histories(asked, chosen)
     past = read_past(add_histories(known, known) if co_likes else known)
     return MovieRows(
         rows=rows,
@@ -112,15 +121,25 @@ def like_rows(
         numbers=movie_numbers(past, read_questions(rows), ratings.fields),
         moments={
             (user, film): when
-            for user, film, when in rows.select("user_id", "item_id", "timestamp").iter_rows()
+            for user, film, when in chosen.select("user_id", "item_id", "timestamp").iter_rows()
         },
     )
+
+
+def _request_numbers(rows_per_request: int) -> pl.Expr:
+    """Number the requests of each member, whose rows stand in the order of time."""
+    return pl.int_range(pl.len()).over("user_id") // rows_per_request
 
 
 def _like_examples(
     ratings: Ratings, config: ExampleConfig
 ) -> Iterator[tuple[int, TrainingExample]]:
-    movies = like_rows(ratings, max_members=config.max_members, co_likes=config.co_likes)
+    movies = like_rows(
+        ratings,
+        max_members=config.max_members,
+        co_likes=config.co_likes,
+        rows_per_request=config.candidates_per_example,
+    )
     users, films = movies.rows["user_id"].to_list(), movies.rows["item_id"].to_list()
     for example in movie_examples(movies, candidates_per_example=config.candidates_per_example):
         request = example.request

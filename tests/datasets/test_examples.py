@@ -45,9 +45,9 @@ def prepare_ratings(folder: Path, ratings: Sequence[Rating]) -> Dataset:
 
 
 def known_then(examples: Sequence[TrainingExample], before: int) -> list[Any]:
-    """Give what requests of the time until ``before`` say of the past."""
+    """Give the requests of the time until ``before``, which speak of the past alone."""
     return [
-        (example.request.time, example.request.profile, example.request.history)
+        example.request
         for example in examples
         if example.request.time is not None and example.request.time <= before
     ]
