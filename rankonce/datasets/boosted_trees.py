@@ -14,7 +14,6 @@ _PATIENCE_TREES = 50
 # Small steps and strong smoothing: 34k rows are few for 40 columns. One thread, because threads
 # that wait for each other at every split are many times slower wherever the cores are shared.
 _PARAMETERS = {
-    "objective": "binary",
     "learning_rate": 0.03,
     "num_leaves": 15,
     "min_data_in_leaf": 100,
@@ -35,8 +34,10 @@ def fit_trees(
     *,
     early_R: NDArray[np.bool_],
     seeds: Sequence[int] = (1,),
+    num_labels: int = 2,
+    categories: Sequence[int] = (),
 ) -> Callable[[Floats], Floats]:
-    """Fit trees that predict labels of 0 and 1.
+    """Fit trees that predict labels of 0, 1, ...
 
     The number of trees is the one of least log-loss on the rows that are not early; then all rows
     are fitted with it.
@@ -45,9 +46,11 @@ def fit_trees(
         columns_RF: nan where something is not known.
         early_R: rows that choose the number of trees are not among these.
         seeds: of the draws of rows and columns; the prediction is the mean over them.
+        num_labels: L, how many labels there may be.
+        categories: columns whose numbers are codes, in no order.
 
     Returns:
-        A function from columns to P(label = 1), one a row.
+        A function from columns to P(label), (rows, L).
 
     Raises:
         MissingDependencyError: LightGBM is not installed.
@@ -57,9 +60,16 @@ def fit_trees(
     except ModuleNotFoundError as error:
         raise MissingDependencyError("lightgbm", extra="eval") from error
 
+    objective: dict[str, Any] = (
+        {"objective": "binary"}
+        if num_labels == 2
+        else {"objective": "multiclass", "num_class": num_labels}
+    )
+    kinds: Any = list(categories)
+
     def fit(seed: int) -> Any:
-        parameters = {**_PARAMETERS, "seed": seed}
-        part = lightgbm.Dataset(columns_RF[early_R], labels_R[early_R])
+        parameters = {**_PARAMETERS, **objective, "seed": seed}
+        part = lightgbm.Dataset(columns_RF[early_R], labels_R[early_R], categorical_feature=kinds)
         rest = lightgbm.Dataset(columns_RF[~early_R], labels_R[~early_R], reference=part)
         trial = lightgbm.train(
             parameters,
@@ -68,13 +78,13 @@ def fit_trees(
             valid_sets=[rest],
             callbacks=[lightgbm.early_stopping(_PATIENCE_TREES, verbose=False)],
         )
-        whole = lightgbm.Dataset(columns_RF, labels_R)
+        whole = lightgbm.Dataset(columns_RF, labels_R, categorical_feature=kinds)
         return lightgbm.train(parameters, whole, num_boost_round=trial.best_iteration)
 
     models = [fit(seed) for seed in seeds]
 
     def predict(columns: Floats) -> Floats:
-        shares = [np.asarray(model.predict(columns, num_threads=1)) for model in models]
-        return np.asarray(np.mean(shares, axis=0))
+        shares = np.mean([model.predict(columns, num_threads=1) for model in models], axis=0)
+        return np.asarray(np.stack([1 - shares, shares], axis=1) if num_labels == 2 else shares)
 
     return predict

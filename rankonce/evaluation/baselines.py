@@ -74,7 +74,7 @@ def score_by_lightgbm(train: pl.DataFrame, items: pl.DataFrame, rows: pl.DataFra
     """
     columns, labels = past_features(train, items, train).to_numpy(), read_labels(train)
     predict = fit_trees(columns, labels, early_R=_is_early(train))
-    return predict(past_features(train, items, rows).to_numpy())
+    return predict(past_features(train, items, rows).to_numpy())[:, 1]
 
 
 BASELINES: Mapping[str, Baseline] = {

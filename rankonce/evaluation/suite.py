@@ -1,7 +1,8 @@
 """The suite: every task, as it is and in arms, measured in buckets, between floor and ceiling.
 
 T1 is a task that the model was trained on, asked later in time; T2 one that it never saw. The floor
-is how popular candidates were before, the ceiling a simulator's own probabilities.
+is how popular candidates were before, the ceiling a simulator's own probabilities. Boosted trees
+over the prompt's own fields say what a table of them is worth.
 """
 
 import logging
@@ -14,6 +15,7 @@ import numpy as np
 from rankonce.errors import DataError, PromptTooLongError
 from rankonce.evaluation.metrics import Estimate
 from rankonce.evaluation.suite_arms import Arm, InapplicableArmError, make_arms
+from rankonce.evaluation.suite_baselines import popularity, trees
 from rankonce.evaluation.suite_data import Loader, TaskRequests
 from rankonce.evaluation.suite_metrics import (
     Rows,
@@ -23,7 +25,6 @@ from rankonce.evaluation.suite_metrics import (
     estimate_difference,
     estimate_main,
     main_metric,
-    popularity,
     read_rows,
     reliability,
     scores_of,
@@ -33,6 +34,7 @@ from rankonce.evaluation.suite_results import (
     CEILING,
     FLOOR,
     RANKER,
+    TREES,
     ArmReport,
     BucketReport,
     Group,
@@ -190,6 +192,8 @@ class _Measurement:
         earlier, later = self.requests.earlier, self.requests.later
         guessed = popularity(self.task, earlier, later)
         rankers = {RANKER: self.scores, FLOOR: scores_of(self.rows, guessed)}
+        if (grown := trees(self.task, earlier, later)) is not None:
+            rankers[TREES] = scores_of(self.rows, grown)
         truths = [one.truth for one in later if one.truth is not None]
         if len(truths) == len(later):
             rankers[CEILING] = scores_of(self.rows, truths)

@@ -10,7 +10,15 @@ from rankonce.errors import MissingDependencyError
 from rankonce.evaluation import suite_plots as plots
 from rankonce.evaluation.metrics import Estimate
 from rankonce.evaluation.suite_metrics import BUCKET_KINDS, mean_of
-from rankonce.evaluation.suite_results import BASE, CEILING, FLOOR, RANKER, SuiteReport, TaskReport
+from rankonce.evaluation.suite_results import (
+    BASE,
+    CEILING,
+    FLOOR,
+    RANKER,
+    TREES,
+    SuiteReport,
+    TaskReport,
+)
 
 # Column of the main table, and the metric; each metric fits some tasks.
 _METRICS = {
@@ -31,13 +39,13 @@ def check_report() -> None:
     """Make sure that a page can be made, before anything long is computed for it.
 
     Raises:
-        MissingDependencyError: jinja2 or matplotlib is not installed.
+        MissingDependencyError: jinja2, matplotlib or LightGBM is not installed.
     """
-    for library in ("jinja2", "matplotlib"):
+    for library, extra in (("jinja2", "bench"), ("matplotlib", "bench"), ("lightgbm", "eval")):
         try:
             __import__(library)
         except ImportError as error:
-            raise MissingDependencyError(library, extra="bench") from error
+            raise MissingDependencyError(library, extra=extra) from error
 
 
 def render_page(report: SuiteReport, environment: Mapping[str, Any]) -> str:
@@ -82,6 +90,7 @@ def render_page(report: SuiteReport, environment: Mapping[str, Any]) -> str:
         bucket_tables=_bucket_tables(measured),
         ranker=RANKER,
         floor=FLOOR,
+        trees=TREES,
         ceiling=CEILING,
         base=BASE,
         plots=_plots(report) if measured else {},
@@ -105,12 +114,12 @@ def _plots(report: SuiteReport) -> dict[str, str]:
 
 
 def _means(tasks: Sequence[TaskReport]) -> dict[str, Any]:
-    """Average the tasks of a group; floor and ceiling over those that have both."""
+    """Average the tasks of a group; trees and ceiling over those that have them."""
     reached = [task.reach for task in tasks if task.reach is not None]
     return {
         "main": {
             name: mean_of([t.rankers[name][t.main] for t in tasks if name in t.rankers])
-            for name in (RANKER, FLOOR, CEILING)
+            for name in (RANKER, FLOOR, TREES, CEILING)
         },
         "metrics": {
             metric: mean_of(
@@ -156,7 +165,7 @@ def _bucket_tables(tasks: Sequence[TaskReport]) -> dict[str, dict[str, Any]]:
         table["means"] = {
             name: {
                 ranker: mean_of([b.estimates[ranker] for b in buckets if ranker in b.estimates])
-                for ranker in (RANKER, FLOOR, CEILING)
+                for ranker in (RANKER, FLOOR, TREES, CEILING)
                 if any(ranker in b.estimates for b in buckets)
             }
             for name, buckets in found.items()

@@ -28,8 +28,6 @@ from rankonce.prompts.features import Floats, Ints
 from rankonce.prompts.tasks import Task
 
 _SMALLEST_PROBABILITY = 1e-15
-# A share counts as if this many labels of the average had come before.
-_STRENGTH = 4.0
 _MOST_BINS, _LEAST_IN_BIN = 10, 30
 
 
@@ -136,33 +134,6 @@ def scores_of(rows: Rows, answers: Sequence[Sequence[Mapping[str, float]]]) -> S
     safe = np.log(np.maximum(probabilities, _SMALLEST_PROBABILITY)).tolist()
     values = [rows.task.ranking_value(dict(zip(names, row, strict=True))) for row in safe]
     return Scores(probabilities_NL=probabilities, values_N=np.array(values))
-
-
-def popularity(
-    task: Task, earlier: Sequence[SuiteRequest], later: Sequence[SuiteRequest]
-) -> list[list[dict[str, float]]]:
-    """The floor: how often a candidate got each label before, drawn towards the labels' shares.
-
-    A candidate without an id, or one not seen earlier, has the shares themselves.
-    """
-    names = task.label_names
-    counts: dict[str, Floats] = {}
-    total = np.zeros(len(names))
-    for one in earlier:
-        for item, label in zip(one.example.request.candidates, one.example.labels, strict=True):
-            if isinstance(label, str) and label in names:
-                total[names.index(label)] += 1
-                if item.id is not None:
-                    counts.setdefault(item.id, np.zeros(len(names)))[names.index(label)] += 1
-    shares = (total + 1) / (total.sum() + len(names))
-    nothing = np.zeros(len(names))
-
-    def guess(item_id: str | None) -> dict[str, float]:
-        seen = counts.get(item_id, nothing) if item_id is not None else nothing
-        guessed = (seen + _STRENGTH * shares) / (seen.sum() + _STRENGTH)
-        return dict(zip(names, guessed.tolist(), strict=True))
-
-    return [[guess(item.id) for item in one.example.request.candidates] for one in later]
 
 
 def weighted_metrics(rows: Rows, scores: Scores) -> dict[str, WeightedMetric]:

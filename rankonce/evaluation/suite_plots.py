@@ -10,7 +10,15 @@ import numpy as np
 
 from rankonce.evaluation.metrics import Estimate
 from rankonce.evaluation.suite_metrics import mean_of
-from rankonce.evaluation.suite_results import BASE, CEILING, FLOOR, RANKER, SuiteReport, TaskReport
+from rankonce.evaluation.suite_results import (
+    BASE,
+    CEILING,
+    FLOOR,
+    RANKER,
+    TREES,
+    SuiteReport,
+    TaskReport,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,12 +77,13 @@ def plot_overview(report: SuiteReport) -> str:
     def paint(axes: "Axes") -> None:
         places = np.arange(len(tasks))[::-1]
         for place, task in zip(places, tasks, strict=True):
-            values = {name: _value(task, name) for name in (FLOOR, RANKER, CEILING)}
+            values = {name: _value(task, name) for name in (FLOOR, TREES, CEILING)}
             known = [v for v in (values[FLOOR], values[CEILING]) if not math.isnan(v)]
             if len(known) == 2:
                 axes.plot(known, [place, place], color=GRID, linewidth=5, zorder=1)
             axes.plot(values[FLOOR], place, "|", color=FAINT, markersize=11, markeredgewidth=2)
             axes.plot(values[CEILING], place, "|", color=GREEN, markersize=11, markeredgewidth=2)
+            axes.plot(values[TREES], place, "|", color=ORANGE, markersize=11, markeredgewidth=2)
             _point(axes, task.rankers[RANKER][task.main], place, _GROUP_COLOURS[task.group])
         _mark_chance(axes, vertical=True)
         axes.set_yticks(places, [f"{task.task}" for task in tasks])
@@ -83,14 +92,15 @@ def plot_overview(report: SuiteReport) -> str:
         axes.grid(axis="x", color=GRID)
         handles = [
             axes.plot([], [], "|", color=FAINT, markersize=11, markeredgewidth=2)[0],
+            axes.plot([], [], "|", color=ORANGE, markersize=11, markeredgewidth=2)[0],
             axes.plot([], [], "|", color=GREEN, markersize=11, markeredgewidth=2)[0],
         ]
-        names = ["popularity (floor)", "truth (ceiling)"]
+        names = ["popularity (floor)", "trees", "truth (ceiling)"]
         for group in dict.fromkeys(task.group for task in tasks):
             handles.append(axes.plot([], [], "o", color=_GROUP_COLOURS[group], markersize=6)[0])
             names.append("ranker" if group == "unknown" else f"ranker, {group}")
         axes.legend(
-            handles, names, loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0.3
+            handles, names, loc="lower left", bbox_to_anchor=(0, 1), ncols=5, borderaxespad=0.3
         )
 
     return draw("Main metric of every task with floor and ceiling", (10.4, _height(tasks)), paint)

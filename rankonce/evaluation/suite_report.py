@@ -20,6 +20,7 @@ from rankonce.evaluation.suite_results import (
     CEILING,
     FLOOR,
     RANKER,
+    TREES,
     ArmReport,
     SuiteReport,
     TaskReport,
@@ -83,7 +84,16 @@ def render_suite(report: SuiteReport) -> Table:
     """Draw one line a task: the main metric between floor and ceiling, and what the arms change."""
     arms = _arm_names(report.tasks)
     table = Table("task", "set", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("AUC / conc.", FLOOR, CEILING, "NDCG@10", "NE", "ECE", *(f"Δ {n}" for n in arms)):
+    for name in (
+        "AUC / conc.",
+        FLOOR,
+        TREES,
+        CEILING,
+        "NDCG@10",
+        "NE",
+        "ECE",
+        *(f"Δ {n}" for n in arms),
+    ):
         table.add_column(Text(name), justify="right", no_wrap=True)
     for task in report.tasks:
         if task.failure:
@@ -94,7 +104,10 @@ def render_suite(report: SuiteReport) -> Table:
             task.task,
             task.group,
             _with_error(metrics[task.main]),
-            *(_short(task.rankers.get(name, {}).get(task.main)) for name in (FLOOR, CEILING)),
+            *(
+                _short(task.rankers.get(name, {}).get(task.main))
+                for name in (FLOOR, TREES, CEILING)
+            ),
             *(_short(metrics[n]) for n in ("ndcg@10", "normalised_entropy", "calibration_error")),
             *(_difference(task.arm(name)) for name in arms),
         )

@@ -10,7 +10,7 @@ from rankonce.evaluation.metrics import Estimate
 
 # The requests as they are, the first arm of every task.
 BASE = "as it is"
-RANKER, FLOOR, CEILING = "ranker", "popularity", "truth"
+RANKER, FLOOR, TREES, CEILING = "ranker", "popularity", "trees", "truth"
 # With less room between floor and ceiling, a part of it says nothing.
 _LEAST_ROOM = 0.02
 Group = Literal["T1", "T2", "unknown"]
@@ -86,7 +86,7 @@ class TaskReport:
         group: T1, T2, or unknown where nothing says what the model was trained on.
         failure: why the task could not be measured; empty where it was.
         main: the metric of buckets, differences and plots.
-        rankers: metrics of the ranker, the floor and, where it is known, the ceiling.
+        rankers: metrics of the ranker, the floor and, where they are known, trees and the ceiling.
         distinct_score_ratio: mean over requests.
         label_shares: how often each label stands in the rows.
         arms: the first one is the requests as they are.

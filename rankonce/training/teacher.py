@@ -59,7 +59,7 @@ def fit_teacher(
         early_R=moments < np.quantile(moments, _EARLY_SHARE),
         seeds=_SEEDS,
     )
-    return lambda asked: predict(describe(asked))
+    return lambda asked: predict(describe(asked))[:, 1]
 
 
 def add_unrated(rows: pl.DataFrame, *, per_row: int, seed: int) -> pl.DataFrame:

@@ -61,7 +61,7 @@ def test_a_simulated_task_needs_no_files(run: Command, model: Path, tmp_path: Pa
     (task,) = json.loads((tmp_path / "suite.json").read_text())["tasks"]
     # The folder of the model has no run record.
     assert (task["task"], task["group"], task["num_requests"]) == ("song-next", "unknown", 4)
-    assert set(task["rankers"]) == {"ranker", "popularity", "truth"}
+    assert set(task["rankers"]) == {"ranker", "popularity", "trees", "truth"}
 
 
 def test_a_task_that_fails_is_reported_and_the_exit_code_says_so(

@@ -23,6 +23,7 @@ from rankonce.evaluation.suite_arms import (
     newest_events,
     title_field,
 )
+from rankonce.evaluation.suite_baselines import popularity
 from rankonce.evaluation.suite_data import (
     SuiteRequest,
     TaskRequests,
@@ -34,7 +35,6 @@ from rankonce.evaluation.suite_metrics import (
     Scores,
     bucket_rows,
     estimate_all,
-    popularity,
     read_rows,
     reliability,
     scores_of,
@@ -705,7 +705,7 @@ def test_every_number_stands_in_the_json_and_in_the_table(
                 assert found["value"].to_list() == [estimate["value"]]
                 assert found["standard_error"].to_list() == [estimate["standard_error"]]
     assert long_table(measured).equals(table)
-    assert {"popularity", "truth"} < set(table["ranker"])
+    assert {"popularity", "trees", "truth"} < set(table["ranker"])
     assert table.filter(pl.col("bucket_kind") == "place in the list").height > 0
 
 
