@@ -1,10 +1,11 @@
 """The instruct stage: questions about records, mixed with plain chat data."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -78,19 +79,84 @@ def instruct_source(
         instructions: those of the library by default.
     """
     known = tuple(instructions) or library_instructions()
+    names = {example.request.task for _, example in _read_all(config.examples)}
+    return _conversation_source(
+        lambda epoch: mix_conversations(config, tasks, epoch=epoch, instructions=known),
+        tasks=[find_task(name, tasks) for name in sorted(names)],
+        valid=lambda: read_conversations(valid),
+        is_stream=training.max_steps is not None,
+        too_long=config.too_long,
+        fingerprint={
+            **fingerprint_files([*config.examples, *config.chat, *valid]),
+            "instruct": {
+                "chat_share": config.chat_share if config.chat and config.examples else None,
+                "questions": asdict(config.questions),
+                "too_long": config.too_long,
+                "seed": config.seed,
+                "wording": _fingerprint_wording(known),
+            },
+        },
+    )
 
-    def conversations(epoch: int) -> Iterator[Conversation]:
-        return mix_conversations(config, tasks, epoch=epoch, instructions=known)
 
+def record_source(
+    records: Sequence[TrainingExample],
+    training: TrainConfig,
+    tasks: Mapping[str, Task],
+    *,
+    fingerprint: Mapping[str, Any],
+) -> StageSource:
+    """Make the source of a stage that asks the library's questions about records alone.
+
+    Conversations that do not fit the model are cut behind an answer.
+
+    Args:
+        fingerprint: says which records these are.
+    """
+    instructions, questions = library_instructions(), QuestionConfig()
+    named = [(f"record {number}", record) for number, record in enumerate(records, start=1)]
+
+    def ask(epoch: int) -> Iterator[Conversation]:
+        return ask_about_all(
+            named,
+            tasks,
+            questions,
+            seed=[training.seed, epoch],
+            instructions=instructions,
+        )
+
+    return _conversation_source(
+        ask,
+        tasks=[find_task(name, tasks) for name in sorted({one.request.task for one in records})],
+        is_stream=training.max_steps is not None,
+        too_long="cut",
+        fingerprint={**fingerprint, "wording": _fingerprint_wording(instructions)},
+    )
+
+
+def _fingerprint_wording(instructions: Sequence[Instruction]) -> str:
+    wording = "".join(one.model_dump_json() for one in instructions)
+    return hashlib.sha256(wording.encode()).hexdigest()
+
+
+def _conversation_source(
+    conversations: Callable[[int], Iterator[Conversation]],
+    *,
+    tasks: Sequence[Task],
+    valid: Callable[[], Iterable[Conversation]] = tuple,
+    is_stream: bool,
+    too_long: TooLong,
+    fingerprint: Mapping[str, Any],
+) -> StageSource:
     def open_with(renderer: Renderer) -> TrainingData:
         def tokenize(read: Iterable[Conversation]) -> Iterator[TokenSequence]:
-            return tokenize_conversations(read, renderer, too_long=config.too_long)
+            return tokenize_conversations(read, renderer, too_long=too_long)
 
         return TrainingData(
             units=lambda epoch: tokenize(conversations(epoch)),
             objective=TokenObjective(),
-            valid=lambda: tokenize(read_conversations(valid)),
-            is_stream=training.max_steps is not None,
+            valid=lambda: tokenize(valid()),
+            is_stream=is_stream,
         )
 
     def texts(renderer: Renderer) -> Iterator[str]:
@@ -98,24 +164,7 @@ def instruct_source(
             for turn in conversation.turns:
                 yield f" {turn.content}" if turn.role == "assistant" else f"{turn.content}\nAnswer:"
 
-    names = sorted({example.request.task for _, example in _read_all(config.examples)})
-    wording = "".join(one.model_dump_json() for one in known).encode()
-    settings = {
-        "chat_share": config.chat_share if config.chat and config.examples else None,
-        "questions": asdict(config.questions),
-        "too_long": config.too_long,
-        "seed": config.seed,
-        "wording": hashlib.sha256(wording).hexdigest(),
-    }
-    return StageSource(
-        open=open_with,
-        texts=texts,
-        tasks=[find_task(name, tasks) for name in names],
-        fingerprint={
-            **fingerprint_files([*config.examples, *config.chat, *valid]),
-            "instruct": settings,
-        },
-    )
+    return StageSource(open=open_with, texts=texts, tasks=tasks, fingerprint=fingerprint)
 
 
 def mix_conversations(
@@ -140,7 +189,13 @@ def mix_conversations(
     chat = _chat_from(config.chat, seed=[config.seed, epoch]) if config.chat else iter(())
     per_record = config.chat_share / (1 - config.chat_share) if config.chat else 0.0
     num_chat = 0
-    asked = ask_about_all(config, tasks, epoch=epoch, instructions=instructions)
+    asked = ask_about_all(
+        _read_all(config.examples),
+        tasks,
+        config.questions,
+        seed=[config.seed, epoch],
+        instructions=instructions,
+    )
     for num_asked, conversation in enumerate(asked, start=1):
         yield conversation
         for answer in islice(chat, int(num_asked * per_record) - num_chat):
@@ -149,27 +204,32 @@ def mix_conversations(
 
 
 def ask_about_all(
-    config: InstructConfig,
+    records: Iterable[tuple[str, TrainingExample]],
     tasks: Mapping[str, Task],
+    questions: QuestionConfig,
     *,
-    epoch: int,
+    seed: Sequence[int],
     instructions: Sequence[Instruction],
 ) -> Iterator[Conversation]:
     """Ask about every record that holds facts.
 
+    Args:
+        records: each with what it is called.
+        seed: of what is asked and in which words.
+
     Raises:
-        DataError: names the file and the record; or no record holds facts.
+        DataError: names the record; or none holds facts.
     """
     is_empty = True
-    for number, (source, example) in enumerate(_read_all(config.examples)):
+    for number, (source, example) in enumerate(records):
         try:
             conversation = ask_about(
                 example,
                 find_task(example.request.task, tasks),
                 # Of its own for each record: what stands before it in the file changes nothing.
-                np.random.default_rng([config.seed, epoch, number]),
+                np.random.default_rng([*seed, number]),
                 instructions=instructions,
-                config=config.questions,
+                config=questions,
                 source=source,
             )
         except RankOnceError as error:

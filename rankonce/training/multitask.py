@@ -8,6 +8,7 @@ out, on the simulated platforms their valid and test parts.
 import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from rankonce.datasets.domains.platform import Domain, build_platform
 from rankonce.datasets.ml_small import read_ratings
 from rankonce.records import TrainingExample
 from rankonce.training.data import mix_tasks
+from rankonce.training.instructions import record_source
 from rankonce.training.loop import TrainConfig
 from rankonce.training.pretraining import PretrainingData, pretrain_source
 from rankonce.training.stages import StageSource, Tasks, fingerprint_files, label_source
@@ -26,6 +28,8 @@ from rankonce.training.stages import StageSource, Tasks, fingerprint_files, labe
 UNSEEN_TASKS = ("job-opening", "movie-premiere", "post-newcomer", "product-launch", "song-similar")
 # Requests of a task, so that none crowds out the others.
 _NUM_REQUESTS = 1000
+# Requests of a task that questions are asked about.
+_NUM_RECORDS = 300
 # Drawn over a platform's whole time, of which 70 % is its train part.
 _NUM_SIMULATED = 1430
 _EARLIER_SHARE = 0.85
@@ -44,13 +48,33 @@ def load_film_texts(folder: Path, config: TrainConfig, tasks: Tasks) -> StageSou
     return pretrain_source(PretrainingData(weights={folder: 1.0}, until=film_cut(folder)), config)
 
 
+def load_questions(folder: Path, config: TrainConfig, tasks: Tasks) -> StageSource:
+    """Ask about some of the requests that ``load_multitask`` reads."""
+    requests = _read_requests(folder, config.seed)
+    some = [one for early, _ in requests.values() for one in _spread(early, _NUM_RECORDS)]
+    records = list(mix_tasks(some, temperature=1, seed=config.seed))
+    return record_source(records, config, tasks, fingerprint=_fingerprint(folder, records))
+
+
 def load_multitask(folder: Path, config: TrainConfig, tasks: Tasks) -> StageSource:
     """Read the requests of all tasks but those of ``UNSEEN_TASKS``."""
-    files = fingerprint_files(folder / name for name in _FILES)
+    requests = _read_requests(folder, config.seed)
+    rows = [one for early, _ in requests.values() for one in early]
+    valid = [one for _, late in requests.values() for one in late]
+
+    def epoch(number: int) -> Iterable[TrainingExample]:
+        return mix_tasks(rows, temperature=1, seed=config.seed + number)
+
+    return label_source(epoch, tasks=tasks, valid=valid, fingerprint=_fingerprint(folder, rows))
+
+
+def _read_requests(
+    folder: Path, seed: int
+) -> dict[str, tuple[list[TrainingExample], list[TrainingExample]]]:
+    """Read of every task what was asked before the cut, and some of what was asked later."""
     cut = film_cut(folder)
     platforms = {domain.name: build_platform(domain) for domain in SIMULATED}
-    rows: list[TrainingExample] = []
-    valid: list[TrainingExample] = []
+    found = {}
     for task, source in TASK_SOURCES.items():
         if task in UNSEEN_TASKS:
             continue
@@ -59,25 +83,19 @@ def load_multitask(folder: Path, config: TrainConfig, tasks: Tasks) -> StageSour
             early = [one.example for one in made if one.split == "train"]
             late = [one.example for one in made if one.split == "valid"]
         else:
-            films = list(film_examples(task, folder, seed=config.seed))
+            films = list(film_examples(task, folder, seed=seed))
             early = [one for one in films if _time(one) < cut]
             late = [one for one in films if _time(one) >= cut]
-        rows += _spread(early, _NUM_REQUESTS)
-        valid += _spread(late, _NUM_VALID)
+        found[task] = (_spread(early, _NUM_REQUESTS), _spread(late, _NUM_VALID))
+    return found
 
-    def epoch(number: int) -> Iterable[TrainingExample]:
-        return mix_tasks(rows, temperature=1, seed=config.seed + number)
 
-    return label_source(
-        epoch,
-        tasks=tasks,
-        valid=valid,
-        fingerprint={
-            **files,
-            "requests": hashlib.sha256(repr(rows).encode()).hexdigest(),
-            "until": cut,
-        },
-    )
+def _fingerprint(folder: Path, requests: Sequence[TrainingExample]) -> dict[str, Any]:
+    return {
+        **fingerprint_files(folder / name for name in _FILES),
+        "requests": hashlib.sha256(repr(requests).encode()).hexdigest(),
+        "until": film_cut(folder),
+    }
 
 
 def _spread(examples: Sequence[TrainingExample], count: int) -> list[TrainingExample]:

@@ -15,7 +15,7 @@ from rankonce.training.adapters import AdapterConfig
 from rankonce.training.catalogue import catalogue_source, make_catalogue
 from rankonce.training.loop import TrainConfig
 from rankonce.training.ml1m import load_catalogue, load_ml1m
-from rankonce.training.multitask import load_film_texts, load_multitask
+from rankonce.training.multitask import load_film_texts, load_multitask, load_questions
 from rankonce.training.runs import Evaluate, run_stages
 from rankonce.training.stages import Stage, StageSource, Tasks, fingerprint_files, label_source
 from rankonce.training.teacher import hide_members
@@ -174,7 +174,8 @@ def ml_small() -> Recipe:
 def multitask() -> Recipe:
     """One ranker for over thirty tasks: films of MovieLens latest-small, four simulated platforms.
 
-    First it reads films and histories as texts, then it learns the tasks of all domains together.
+    First it reads films and histories as texts, then it answers questions about requests of all
+    domains, then it learns to rank them together.
     """
     return Recipe(
         name="multitask",
@@ -185,6 +186,13 @@ def multitask() -> Recipe:
                 load=load_film_texts,
                 config=TrainConfig(
                     epochs=1, targets_per_step=8192, learning_rate=1.5e-3, averaging=0.98
+                ),
+            ),
+            Stage(
+                name="instruct",
+                load=load_questions,
+                config=TrainConfig(
+                    epochs=1, targets_per_step=512, learning_rate=1.5e-3, averaging=0.98
                 ),
             ),
             Stage(

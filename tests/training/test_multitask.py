@@ -1,8 +1,11 @@
 """The recipe of many tasks learns all but those held out, and nothing from after the cut."""
 
 import json
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
@@ -10,11 +13,18 @@ import pytest
 from rankonce.datasets.domains import SIMULATED, TASK_SOURCES
 from rankonce.datasets.domains.platform import Domain
 from rankonce.datasets.simulator import split_of
+from rankonce.prompts.encoding import TextEncoder
+from rankonce.prompts.rendering import Renderer
 from rankonce.prompts.tasks import library_tasks
+from rankonce.records import TrainingExample
 from rankonce.training import multitask
+from rankonce.training.instructions import record_source
 from rankonce.training.loop import TrainConfig
-from rankonce.training.multitask import UNSEEN_TASKS, film_cut, load_multitask
+from rankonce.training.multitask import UNSEEN_TASKS, film_cut, load_multitask, load_questions
 from rankonce.training.recipes import find_recipe, run_recipe
+from rankonce.training.sequences import TokenSequence
+from rankonce.training.stages import StageSource
+from tests.conftest import build_tokenizer
 from tests.datasets.test_simulator import write_films
 
 
@@ -27,6 +37,7 @@ def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def few_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(multitask, "_NUM_SIMULATED", 30)
     monkeypatch.setattr(multitask, "_NUM_REQUESTS", 10)
+    monkeypatch.setattr(multitask, "_NUM_RECORDS", 4)
 
 
 def test_all_tasks_but_those_held_out_come_evenly_and_from_before_the_cut(films: Path) -> None:
@@ -64,7 +75,34 @@ def test_an_epoch_begins_with_many_tasks_and_has_an_order_of_its_own(films: Path
     assert sorted(map(repr, first)) == sorted(map(repr, second))
 
 
-def test_the_recipe_reads_texts_and_then_learns_the_tasks(films: Path, tmp_path: Path) -> None:
+def test_questions_are_about_requests_that_are_learnt(
+    films: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learnt = load_multitask(films, TrainConfig(epochs=1), library_tasks())
+    assert learnt.examples is not None
+    known = {repr(example) for example in learnt.examples(0)}
+    asked: list[TrainingExample] = []
+
+    def note(records: Sequence[TrainingExample], *args: Any, **options: Any) -> StageSource:
+        asked.extend(records)
+        return record_source(records, *args, **options)
+
+    monkeypatch.setattr(multitask, "record_source", note)
+    source = load_questions(films, TrainConfig(epochs=1), library_tasks())
+    assert {repr(example) for example in asked} <= known
+    counts = Counter(example.request.task for example in asked)
+    assert set(counts) == set(TASK_SOURCES) - set(UNSEEN_TASKS)
+    assert max(counts.values()) == 4
+    assert len({example.request.task for example in asked[:60]}) > 20
+    assert {task.name for task in source.tasks} == set(counts)
+    assert source.examples is None
+    renderer = Renderer(TextEncoder(build_tokenizer(), chat=False), max_prompt_tokens=4096)
+    unit = next(iter(source.open(renderer).units(0)))
+    assert isinstance(unit, TokenSequence)
+    assert 0 < sum(unit.learnt) < len(unit.token_ids)
+
+
+def test_the_recipe_runs_its_three_stages(films: Path, tmp_path: Path) -> None:
     recipe = find_recipe("multitask")
     stages = [replace(one, config=replace(one.config, max_steps=2)) for one in recipe.stages]
     run_recipe(replace(recipe, stages=tuple(stages), size="0.07m"), films, tmp_path / "run")
@@ -73,4 +111,5 @@ def test_the_recipe_reads_texts_and_then_learns_the_tasks(films: Path, tmp_path:
     assert record["data"]["until"] == pl.read_parquet(films / "ratings.parquet")[
         "timestamp"
     ].quantile(0.85, "nearest")
-    assert (tmp_path / "run" / "stages" / "2-finetune" / "metrics.jsonl").exists()
+    for stage in ("1-pretrain", "2-instruct", "3-finetune"):
+        assert (tmp_path / "run" / "stages" / stage / "metrics.jsonl").exists()
