@@ -103,7 +103,13 @@ def run_experiment(
     finished = [row for row in ordered if row["failure"] is None]
     for plot in experiment.plots:
         if finished:
-            draw_plot(out / f"{plot.name}.png", plot, finished, grid=tuple(experiment.grid))
+            draw_plot(
+                out / f"{plot.name}.png",
+                plot,
+                finished,
+                grid=tuple(experiment.grid),
+                measured=experiment.columns,
+            )
     comparisons, verdicts = _compare(plan, outcomes, compared)
     report = Report(rows=ordered, comparisons=comparisons, verdicts=verdicts, changed=changed)
     record = {"experiment": experiment, **asdict(report), "environment": describe_environment()}

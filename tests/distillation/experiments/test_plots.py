@@ -64,6 +64,22 @@ def test_a_run_is_subtracted_at_equal_settings_and_some_runs_are_shown(tmp_path:
     assert high - low == pytest.approx(0, abs=1e-9)
 
 
+def test_where_x_is_measured_a_point_is_a_run_over_its_seeds(tmp_path: Path) -> None:
+    rows = [{**one, "speed": one["auc"] * 10 + one["seed"]} for one in ROWS]
+    plot = Plot(name="a", x="speed", y="auc", by="run")
+    figure = draw_plot(
+        tmp_path / "a.png", plot, rows, grid=("seed", "keep"), measured={"speed", "auc"}
+    )
+    points = points_of(figure)
+    assert list(points) == ["teacher", "cut", "taught"]
+    # One at each size.
+    assert np.array(points["cut"]) == pytest.approx(np.array([(7.2, 0.52)] * 2))
+    across, up = figure.axes[0].containers[1].lines[2]
+    for bars, spread in ((across, np.std([6.1, 8.3], ddof=1)), (up, np.std([0.51, 0.53], ddof=1))):
+        low, high = bars.get_segments()[0][[0, 1]]
+        assert np.abs(high - low).max() == pytest.approx(2 * spread)
+
+
 def test_rows_without_a_number_on_y_are_left_out(tmp_path: Path) -> None:
     rows = [*ROWS, {"run": "failed", "keep": 0.1, "auc": None}]
     figure = draw_plot(tmp_path / "a.png", Plot(name="a", x="keep", y="auc"), rows)
