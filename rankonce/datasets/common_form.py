@@ -5,6 +5,7 @@
     queries.parquet     query, text, locale, category
     judgements.parquet  query, item, grade (4 = complete answer ... 0 = irrelevant), label (the
                         source's own word), split
+    tags.parquet        member, item, tag, time
     manifest.json       source, licence, files and tables with rows and SHA-256, adapter's version
 
 Ids are texts. ``time`` is in Unix seconds, or counts rows where the manifest's ``clock`` says so;
@@ -37,6 +38,12 @@ MANIFEST = "manifest.json"
 _FORMAT = 1
 _MANIFEST_KEYS = {"dataset", "tasks", "adapter_version", "clock", "impressions", "dropped"}
 _NUM_BUCKETS = 64
+# Tables that are small enough for memory, with what tells their rows apart.
+_KEYS = {
+    "queries": ["query"],
+    "judgements": ["query", "item"],
+    "tags": ["member", "item", "tag", "time"],
+}
 _TEXT = pa.large_string()
 SCHEMAS = {
     "items": pa.schema(
@@ -72,6 +79,7 @@ SCHEMAS = {
             ("split", _TEXT),
         ]
     ),
+    "tags": pa.schema([("member", _TEXT), ("item", _TEXT), ("tag", _TEXT), ("time", pa.int64())]),
 }
 
 
@@ -221,7 +229,7 @@ class TableWriter:
         self._clock = clock
         self._known_items: set[str] = set()
         self._items: pq.ParquetWriter | None = None
-        self._small: dict[str, list[pl.DataFrame]] = {"queries": [], "judgements": []}
+        self._small: dict[str, list[pl.DataFrame]] = {name: [] for name in _KEYS}
         self._spill = tempfile.TemporaryDirectory(dir=folder, prefix=".events-")
         self._buckets: dict[int, pa.RecordBatchFileWriter] = {}
         self._num_events = 0
@@ -268,6 +276,10 @@ class TableWriter:
         """Add judgements; of several of one pair the first stays."""
         self._small["judgements"].append(frame)
 
+    def add_tags(self, frame: pl.DataFrame) -> None:
+        """Add what members called items; of several that are the same the first stays."""
+        self._small["tags"].append(frame)
+
     def add_events(self, frame: pl.DataFrame) -> None:
         """Add events in any order."""
         if not frame.height:
@@ -298,7 +310,7 @@ class TableWriter:
         Raises:
             DataError: a dataset without items, or with neither events nor judgements.
         """
-        for name, keys in (("queries", ["query"]), ("judgements", ["query", "item"])):
+        for name, keys in _KEYS.items():
             if frames := self._small[name]:
                 whole = pl.concat(frames, how="diagonal_relaxed")
                 new = whole.unique(keys, keep="first", maintain_order=True)

@@ -1,6 +1,7 @@
 """Prepared datasets as training examples of the library's tasks.
 
     movie-like, movie-rating   from ratings (``datasets.rating_examples``)
+    other tasks of films       from sets of MovieLens (``datasets.domains.films``)
     similar-item               the source is what the member liked last. From impressions: what
                                was shown, clicked or not. Else from ratings
     search-relevance           the judged items of a query, with their grade
@@ -14,6 +15,7 @@ import polars as pl
 
 from rankonce.datasets.candidate_lists import impression_lists, query_lists
 from rankonce.datasets.common_form import Dataset
+from rankonce.datasets.domains.films import FILM_TASKS, film_examples_by_member
 from rankonce.datasets.movielens import MovieRows, read_films
 from rankonce.datasets.rating_examples import (
     RATING_TASKS,
@@ -51,6 +53,11 @@ def make_examples_by_member(
             return _relevance_examples(dataset, config)
         if dataset.has_impressions:
             return _shown_examples(dataset, config)
+        if task in FILM_TASKS:
+            films = film_examples_by_member(
+                task, dataset.folder, seed=config.seed, max_members=config.max_members
+            )
+            return ((str(member), example) for member, example in films)
         if task in RATING_TASKS:
             made = rating_examples(read_ratings(dataset), task, config)
             return ((str(member), example) for member, example in made)

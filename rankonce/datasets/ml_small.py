@@ -2,7 +2,9 @@
 
     ratings   user_id, item_id, rating (0.5-5), timestamp (s)
     items     item_id, title, genres
+    tags      user_id, item_id, tag, timestamp
 
+The folder holds these as Parquet files, or is one that ``rankonce datasets ml-latest-small`` made.
 A rating of 4 and more is a like, 3 and less a dislike; 3.5 says neither and is left out. What
 people rate low they had chosen to watch all the same: to learn taste a ranker must also see films
 that the member never watched. These are drawn as often as others had liked them by then, so that
@@ -16,6 +18,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
+from rankonce.datasets.common_form import MANIFEST, Dataset, open_dataset
 from rankonce.datasets.movielens import read_rows
 from rankonce.datasets.statistics import read_labels, read_whole_numbers
 from rankonce.errors import DataError
@@ -44,15 +47,65 @@ def read_ml_small(folder: Path) -> tuple[pl.DataFrame, pl.DataFrame]:
 
 
 def read_ratings(folder: Path) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Read ratings (user_id, item_id, rating, timestamp) and items.
+    """Read ratings (user_id, item_id, rating, timestamp) and items (item_id, title, genres).
 
     Raises:
-        DataError: a file or a column is missing.
+        DataError: a file or a column is missing, or the folder holds another dataset.
     """
-    ratings, items = read_rows(folder / "ratings.parquet"), read_rows(folder / "items.parquet")
+    if (dataset := _prepared(folder)) is not None:
+        known = dataset.read("items")
+        events = dataset.read("events").filter(pl.col("value").is_not_null())
+        events = events.join(known, on="item", how="semi")
+        rated = _numbered(events.select("member", "item", rating="value", timestamp="time"))
+        films = known.select(
+            item_id=pl.col("item").cast(pl.Int64),
+            title="title",
+            genres=pl.col("categories").list.join("|"),
+        )
+        return rated, films.collect()
+    ratings = read_rows(folder / "ratings.parquet")
     if missing := {"user_id", "item_id", "rating", "timestamp"} - set(ratings.columns):
         raise DataError(f"ratings: should have the columns {', '.join(sorted(missing))}")
-    return ratings, items
+    return ratings, read_rows(folder / "items.parquet")
+
+
+def read_tags(folder: Path) -> pl.DataFrame:
+    """Read tags (user_id, item_id, tag, timestamp).
+
+    Raises:
+        DataError: there are none, or the folder holds another dataset.
+    """
+    if (dataset := _prepared(folder)) is not None:
+        tags = dataset.read("tags")
+        return _numbered(tags.select("member", "item", "tag", timestamp="time"))
+    return read_rows(folder / "tags.parquet")
+
+
+def files_of(folder: Path, *, with_tags: bool = False) -> list[Path]:
+    """Name the files that the functions above read."""
+    ratings = "ratings.parquet" if _prepared(folder) is None else "events.parquet"
+    names = (ratings, "items.parquet", *(("tags.parquet",) if with_tags else ()))
+    return [folder / name for name in names]
+
+
+def _prepared(folder: Path) -> Dataset | None:
+    """Open what ``rankonce datasets`` made of a set of MovieLens."""
+    if not (folder / MANIFEST).exists():
+        return None
+    dataset = open_dataset(folder)
+    if not dataset.name.startswith("ml-"):
+        raise DataError(f"{folder}: should hold a set of MovieLens, holds {dataset.name}")
+    return dataset
+
+
+def _numbered(rows: pl.LazyFrame) -> pl.DataFrame:
+    """Give members and items their own numbers, in the order of MovieLens' files."""
+    keys = [
+        pl.col(name).cast(pl.Int64).alias(key)
+        for name, key in (("member", "user_id"), ("item", "item_id"))
+    ]
+    others = pl.exclude("member", "item")
+    return rows.select(*keys, others).sort("user_id", "item_id", maintain_order=True).collect()
 
 
 def label_likes(ratings: pl.DataFrame, stars: str) -> pl.DataFrame:

@@ -6,6 +6,7 @@
              movies.dat   MovieID::Title::Genres ("Action|Sci-Fi"); latin-1
     others   ratings.csv  userId,movieId,rating (0.5-5),timestamp
              movies.csv   movieId,title,genres; titles with commas are quoted; UTF-8
+             tags.csv     userId,movieId,tag,timestamp
 
 Titles end in the year, "Matrix, The (1999)", and stay as they are. "(no genres listed)" is no
 genre. 1M and 100k list some films twice under other ids: they stay two items.
@@ -31,7 +32,10 @@ from rankonce.datasets.text_files import (
 
 _PAGE = "https://grouplens.org/datasets/movielens/"
 _FILES = "https://files.grouplens.org/datasets/movielens/"
-_TASKS = ("movie-like", "movie-rating", "similar-item")
+_TASKS = (
+    "movie-like", "movie-rating", "similar-item",
+    "movie-dislike", "movie-newcomer", "movie-next", "movie-premiere",
+)  # fmt: skip
 _NO_GENRES = "(no genres listed)"
 # The order of the flags in u.item; u.genre lists the same.
 # fmt: off
@@ -41,6 +45,7 @@ _GENRES = (
     "Thriller", "War", "Western",
 )
 # fmt: on
+_TAGS = {"member": pl.String, "item": pl.String, "tag": pl.String, "time": pl.Int64}
 _RATING = {"user": TEXT, "item": TEXT, "rating": NUMBER, "timestamp": WHOLE}
 
 
@@ -98,6 +103,13 @@ def _convert_csv(files: SourceFiles, tables: TableWriter) -> None:
         stars = pl.col("rating").is_between(0.5, 5) & (pl.col("rating") * 2 % 1 == 0)
         check_rows(path, frame, stars, "rating should be 0.5 to 5 in half stars")
         tables.add_events(_events(frame.rename({"userId": "user", "movieId": "item"})))
+    columns = {"userId": TEXT, "movieId": TEXT, "tag": MAYBE_TEXT, "timestamp": WHOLE}
+    tables.add_tags(pl.DataFrame(schema=_TAGS))
+    for frame in read_table(files.one("tags.csv"), columns):
+        names = {"userId": "member", "movieId": "item", "timestamp": "time"}
+        named = frame.rename(names).filter(pl.col("tag").is_not_null())
+        tables.drop("empty tags", frame.height - named.height)
+        tables.add_tags(named)
 
 
 _WHOLE_STARS = "rating should be 1 to 5 stars"
@@ -131,9 +143,9 @@ def _csv_adapter(name: str, archive: str, size: str, checksum: str, licence: str
         licence=licence,
         page=_PAGE,
         files=(_archive(archive, checksum),),
-        parts=("movies.csv", "ratings.csv"),
-        tasks=_TASKS,
-        version=1,
+        parts=("movies.csv", "ratings.csv", "tags.csv"),
+        tasks=(*_TASKS, "movie-search"),
+        version=2,
         convert=_convert_csv,
     )
 
@@ -154,7 +166,7 @@ ADAPTERS = (
         files=(_archive("ml-100k.zip", "md5:0e33842e24a9c977be4e0107933c0723"),),
         parts=("u.data", "u.item"),
         tasks=_TASKS,
-        version=1,
+        version=2,
         convert=_convert_100k,
     ),
     Adapter(
@@ -166,7 +178,7 @@ ADAPTERS = (
         files=(_archive("ml-1m.zip", "md5:c4d9eecfca2ab87c1945afe126590906"),),
         parts=("movies.dat", "ratings.dat"),
         tasks=_TASKS,
-        version=1,
+        version=2,
         convert=_convert_1m,
     ),
     _csv_adapter(

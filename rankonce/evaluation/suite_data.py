@@ -25,6 +25,7 @@ from rankonce.records import TrainingExample
 # The part of the time that the simulator calls test.
 _SIMULATED_TEST_SHARE = 0.15
 _MOST_SIMULATED = 2000
+_FILM_SET = "ml-latest-small"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,8 +120,9 @@ def library_loaders(
     """Find the data of the library's tasks.
 
     Args:
-        folder: holds MovieLens latest-small (ratings.parquet), Cranfield (qrels.parquet) or a
-            folder that ``rankonce datasets`` made, itself or in its own folders.
+        folder: holds MovieLens latest-small (as in ``datasets.ml_small``), Cranfield
+            (qrels.parquet) or a folder that ``rankonce datasets`` made, itself or in its own
+            folders.
         seed: of the films that stand beside those that members chose.
 
     Returns:
@@ -138,7 +140,9 @@ def library_loaders(
         elif "films" in found:
             loaders[task] = partial(_load_films, task, found["films"], cut, seed)
         else:
-            left_out[task] = "needs MovieLens latest-small: --data FOLDER with ratings.parquet"
+            left_out[task] = (
+                f"needs {_FILM_SET}: rankonce datasets {_FILM_SET} --out FOLDER, then --data FOLDER"
+            )
     if "cranfield" in found:
         loaders["search-relevance"] = partial(_load_cranfield, found["cranfield"], cut)
     if "prepared" in found:
@@ -167,9 +171,11 @@ def _find_folders(folder: Path | None) -> dict[str, Path]:
         return {}
     found: dict[str, Path] = {}
     for place in (folder, *sorted(path for path in folder.iterdir() if path.is_dir())):
+        is_prepared = (place / MANIFEST).exists()
+        is_film_set = is_prepared and open_dataset(place).name == _FILM_SET
         kinds = {
-            "prepared": (place / MANIFEST).exists(),
-            "films": (place / "ratings.parquet").exists(),
+            "prepared": is_prepared and not is_film_set,
+            "films": is_film_set or (place / "ratings.parquet").exists(),
             "cranfield": (place / "qrels.parquet").exists(),
         }
         for kind, is_one in kinds.items():

@@ -12,9 +12,13 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from rankonce.datasets.ml_small import film_like_shares, leave_out_members
-from rankonce.datasets.movielens import TASK, read_films, read_rows
-from rankonce.errors import DataError
+from rankonce.datasets.ml_small import (
+    files_of,
+    film_like_shares,
+    leave_out_members,
+    read_ratings,
+)
+from rankonce.datasets.movielens import TASK, read_films
 from rankonce.records import Item, ScoreRequest, TrainingExample, Value
 from rankonce.training.loop import TrainConfig
 from rankonce.training.stages import StageSource, Tasks, fingerprint_files, label_source
@@ -62,13 +66,11 @@ def read_catalogue(folder: Path, *, since: int, until: int, mean: float) -> Cata
     Raises:
         DataError: a file or a column is missing.
     """
-    ratings = read_rows(folder / "ratings.parquet")
-    if missing := {"user_id", "item_id", "rating", "timestamp"} - set(ratings.columns):
-        raise DataError(f"ratings: should have the columns {', '.join(sorted(missing))}")
+    ratings, items = read_ratings(folder)
     others = leave_out_members(ratings, since=since, until=until)
     rows = others.with_columns(label=(pl.col("rating") > _LIKED_ABOVE).cast(pl.Int8))
     films = {}
-    for film, fields in read_films(read_rows(folder / "items.parquet")).items():
+    for film, fields in read_films(items).items():
         genres = fields.get("genres")
         films[film] = {**fields, "title": str(fields["title"]).strip()}
         if isinstance(genres, list):
@@ -143,7 +145,7 @@ def catalogue_source(
             times=_TIMES,
         )
 
-    digests = fingerprint_files(folder / name for name in ("ratings.parquet", "items.parquet"))
+    digests = fingerprint_files(files_of(folder))
     return label_source(
         epoch,
         tasks=tasks,

@@ -15,7 +15,7 @@ import numpy as np
 from rankonce.datasets.domains import SIMULATED, TASK_SOURCES
 from rankonce.datasets.domains.films import film_examples
 from rankonce.datasets.domains.platform import Domain, build_platform
-from rankonce.datasets.ml_small import read_ratings
+from rankonce.datasets.ml_small import files_of, read_ratings
 from rankonce.records import TrainingExample
 from rankonce.training.data import mix_tasks
 from rankonce.training.instructions import record_source
@@ -34,7 +34,6 @@ _NUM_RECORDS = 300
 _NUM_SIMULATED = 1430
 _EARLIER_SHARE = 0.85
 _NUM_VALID = 20
-_FILES = ("ratings.parquet", "items.parquet", "tags.parquet")
 
 
 def film_cut(folder: Path) -> float:
@@ -92,7 +91,7 @@ def _read_requests(
 
 def _fingerprint(folder: Path, requests: Sequence[TrainingExample]) -> dict[str, Any]:
     return {
-        **fingerprint_files(folder / name for name in _FILES),
+        **fingerprint_files(files_of(folder, with_tags=True)),
         "requests": hashlib.sha256(repr(requests).encode()).hexdigest(),
         "until": film_cut(folder),
     }

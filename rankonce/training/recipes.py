@@ -6,7 +6,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rankonce.datasets.ml_small import add_passed_over, read_ml_small, split_each_member
+from rankonce.datasets.ml_small import (
+    add_passed_over,
+    files_of,
+    read_ml_small,
+    split_each_member,
+)
 from rankonce.datasets.movielens import movie_examples, movie_rows, read_films
 from rankonce.errors import TrainingError
 from rankonce.prompts.tasks import Task
@@ -276,7 +281,5 @@ def _load_ml_small(folder: Path, config: TrainConfig, tasks: Tasks) -> StageSour
             movie_examples(movie_rows(held_out, items, train=train_rows), candidates_per_example=48)
         ),
         split={"train": train_rows, "valid": held_out, "items": items},
-        fingerprint=fingerprint_files(
-            folder / name for name in ("ratings.parquet", "items.parquet")
-        ),
+        fingerprint=fingerprint_files(files_of(folder)),
     )

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rankonce.datasets.common_form import Dataset
-from rankonce.datasets.domains.films import film_examples_by_member
+from rankonce.datasets.domains.films import FILM_TASKS, film_examples_by_member
 from rankonce.datasets.examples import (
     make_examples,
     make_examples_by_member,
@@ -41,6 +41,7 @@ def prepare_ratings(folder: Path, ratings: Sequence[Rating]) -> Dataset:
     (source / "movies.csv").write_text(f"movieId,title,genres\n{films}")
     rows = "".join(f"{','.join(map(str, rating))}\n" for rating in ratings)
     (source / "ratings.csv").write_text(f"userId,movieId,rating,timestamp\n{rows}")
+    (source / "tags.csv").write_text("userId,movieId,tag,timestamp\n1,1,slow,500\n")
     return prepare_dataset(find_adapter("ml-latest-small"), folder / "out", given=source)
 
 
@@ -259,7 +260,7 @@ def test_a_task_that_the_dataset_does_not_serve_is_refused(tmp_path: Path) -> No
 
 def test_every_example_can_be_rendered(tmp_path: Path) -> None:
     ratings = [
-        (user, film, 0.5 * (1 + (user * film) % 10), 1_000_000_000 + 86_400 * film + user)
+        (user, film, 5.0 if user == 1 else 0.5 * (1 + (user * film) % 10), 86_400 * film + user)
         for user in range(1, 6)
         for film in range(1, NUM_FILMS + 1)
     ]
@@ -277,4 +278,4 @@ def test_every_example_can_be_rendered(tmp_path: Path) -> None:
                 labels = library_tasks()[task].label_names
                 assert set(example.labels) <= {*labels, None}
                 rendered[task] = rendered.get(task, 0) + 1
-    assert set(rendered) == {*TASKS, "search-relevance"}
+    assert set(rendered) == {*TASKS, *FILM_TASKS, "search-relevance"}

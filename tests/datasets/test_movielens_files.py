@@ -32,6 +32,14 @@ MOVIES_CSV = (
 RATINGS_CSV = "userId,movieId,rating,timestamp\n1,3,0.5,1147880044\n1,1,5.0,1147868817\n2,2,3.5,1\n"
 
 
+# A tag may be any text, the word null as well.
+TAGS_CSV = (
+    "userId,movieId,tag,timestamp\n"
+    '2,1,"drama, ""slow""",1137179352\n'
+    "2,3,null,5\n2,3,,6\n2,3,null,5\n"
+)
+
+
 def folder(path: Path, files: dict[str, bytes | str]) -> Path:
     path.mkdir(exist_ok=True)
     for name, content in files.items():
@@ -75,7 +83,7 @@ def test_the_others_are_csv_in_an_archive(tmp_path: Path, name: str) -> None:
     with zipfile.ZipFile(tmp_path / f"{name}.zip", "w") as zipped:
         zipped.writestr(f"{name}/movies.csv", MOVIES_CSV)
         zipped.writestr(f"{name}/ratings.csv", RATINGS_CSV)
-        zipped.writestr(f"{name}/tags.csv", "userId,movieId,tag,timestamp\n")
+        zipped.writestr(f"{name}/tags.csv", TAGS_CSV)
     dataset = prepare_dataset(find_adapter(name), tmp_path / "out", given=tmp_path / f"{name}.zip")
     items = dataset.read("items").select("title", "categories", "year").collect()
     assert items.rows() == [
@@ -87,6 +95,17 @@ def test_the_others_are_csv_in_an_archive(tmp_path: Path, name: str) -> None:
     events = dataset.read("events").filter(member="1").collect()
     assert events["item"].to_list() == ["1", "3"]
     assert events["value"].to_list() == [5.0, 0.5]
+    assert dataset.read("tags").collect().rows() == [
+        ("2", "1", 'drama, "slow"', 1137179352),
+        ("2", "3", "null", 5),
+    ]
+    assert dataset.manifest["dropped"] == {"empty tags": 1, "repeated tags": 1}
+
+
+def test_a_set_in_which_nobody_wrote_a_tag_has_a_table_without_rows(tmp_path: Path) -> None:
+    header = "userId,movieId,tag,timestamp\n"
+    files = {"movies.csv": MOVIES_CSV, "ratings.csv": RATINGS_CSV, "tags.csv": header}
+    assert prepare("ml-32m", tmp_path, {**files}).read("tags").collect().is_empty()
 
 
 @pytest.mark.parametrize(

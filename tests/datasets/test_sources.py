@@ -25,6 +25,7 @@ from rankonce.training.data import read_examples
 
 MOVIES = "movieId,title,genres\n1,Heat (1995),Crime\n2,Up (2009),Drama\n3,M (1931),Crime\n"
 RATINGS = "userId,movieId,rating,timestamp\n1,1,5,10\n1,2,4,20\n2,3,5,5\n1,3,1,30\n"
+TAGS = "userId,movieId,tag,timestamp\n1,2,slow,20\n"
 
 
 class _Quiet(SimpleHTTPRequestHandler):
@@ -40,6 +41,7 @@ def adapter(tmp_path: Path) -> Iterator[Adapter]:
     with zipfile.ZipFile(served / "ml-latest-small.zip", "w") as zipped:
         zipped.writestr("ml-latest-small/movies.csv", MOVIES)
         zipped.writestr("ml-latest-small/ratings.csv", RATINGS)
+        zipped.writestr("ml-latest-small/tags.csv", TAGS)
     handler = partial(_Quiet, directory=str(served))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=partial(server.serve_forever, poll_interval=0.01))
@@ -55,7 +57,7 @@ def test_a_download_becomes_tables_and_a_manifest(adapter: Adapter, tmp_path: Pa
     out = tmp_path / "out"
     dataset = prepare_dataset(adapter, out)
     names = sorted(path.name for path in out.iterdir())
-    assert names == ["events.parquet", "items.parquet", "manifest.json", "source"]
+    assert names == ["events.parquet", "items.parquet", "manifest.json", "source", "tags.parquet"]
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["tables"]["events"]["rows"] == 4
     assert manifest["source"]["files"][0]["name"] == "ml-latest-small.zip"
@@ -147,6 +149,7 @@ def test_empty_files_are_no_dataset(adapter: Adapter, tmp_path: Path) -> None:
     given.mkdir()
     (given / "movies.csv").write_text(MOVIES)
     (given / "ratings.csv").write_text("userId,movieId,rating,timestamp\n")
+    (given / "tags.csv").write_text(TAGS)
     with pytest.raises(DataError, match="hold no rows of a dataset"):
         prepare_dataset(adapter, tmp_path / "out", given=given)
 

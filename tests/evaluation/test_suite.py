@@ -507,7 +507,7 @@ def test_every_task_of_the_library_is_loaded_or_left_out_by_name() -> None:
     assert set(left_out) == {name for name in library_tasks() if name.startswith("movie-")} | {
         "similar-item"
     }
-    assert all("needs MovieLens" in reason for reason in left_out.values())
+    assert all("needs ml-latest-small" in reason for reason in left_out.values())
 
 
 def test_a_folder_without_data_is_refused(tmp_path: Path) -> None:

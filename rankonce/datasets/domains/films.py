@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from rankonce.datasets.ml_small import read_ratings
-from rankonce.datasets.movielens import read_films, read_rows
+from rankonce.datasets.ml_small import read_ratings, read_tags
+from rankonce.datasets.movielens import read_films
 from rankonce.datasets.rating_examples import (
     RATING_TASKS,
     ExampleConfig,
@@ -74,15 +74,21 @@ class FilmTask:
 
 
 class FilmData:
-    """The files of a folder, with each member's ratings in the order of time."""
+    """The files of a folder, with each member's ratings in the order of time.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        max_members: of the first members alone requests are made; all ratings count.
+    """
+
+    def __init__(self, folder: Path, *, max_members: int | None = None) -> None:
         self.folder = folder
         ratings, items = read_ratings(folder)
         self.ratings = ratings.sort("timestamp", "user_id", "item_id")
         self.films = read_films(items)
         self.by_member: dict[int, list[Rating]] = {}
-        columns = self.ratings.select("user_id", "item_id", "rating", "timestamp")
+        members = self.ratings["user_id"].unique().sort().head(max_members or self.ratings.height)
+        asking = self.ratings.filter(pl.col("user_id").is_in(members.implode()))
+        columns = asking.select("user_id", "item_id", "rating", "timestamp")
         for user, film, rating, time in columns.iter_rows():
             self.by_member.setdefault(user, []).append((film, rating, time))
         self.rated = self.ratings["item_id"].to_numpy()
@@ -130,6 +136,9 @@ class FilmData:
 def film_examples(task: str, folder: Path, *, seed: int = 0) -> Iterator[TrainingExample]:
     """Make the examples of a film task, member by member.
 
+    Args:
+        folder: as in ``datasets.ml_small``.
+
     Raises:
         DataError: a file or a column is missing.
     """
@@ -138,16 +147,24 @@ def film_examples(task: str, folder: Path, *, seed: int = 0) -> Iterator[Trainin
 
 
 def film_examples_by_member(
-    task: str, folder: Path, *, seed: int = 0
+    task: str, folder: Path, *, seed: int = 0, max_members: int | None = None
 ) -> Iterator[tuple[int, TrainingExample]]:
-    """Make the examples of ``film_examples``, each with the user_id of its member."""
+    """Make the examples of ``film_examples``, each with the user_id of its member.
+
+    Args:
+        max_members: make those of the first members alone.
+    """
     if task in RATING_TASKS:
         config = ExampleConfig(
-            candidates_per_example=_CANDIDATES, max_history=_MAX_EVENTS, co_likes=True, seed=seed
+            candidates_per_example=_CANDIDATES,
+            max_members=max_members,
+            max_history=_MAX_EVENTS,
+            co_likes=True,
+            seed=seed,
         )
         yield from rating_examples(_read_ratings(folder), task, config)
         return
-    data, made = FilmData(folder), FILM_TASKS[task]
+    data, made = FilmData(folder, max_members=max_members), FILM_TASKS[task]
     asked = [a for a in made.ask(data, np.random.default_rng(seed)) if a.films]
     numbers = _numbers(data, asked)
     items = {
@@ -297,13 +314,13 @@ def _newcomer(data: FilmData, random: np.random.Generator) -> Iterator[Asked]:
 
 def _premiere(data: FilmData, random: np.random.Generator) -> Iterator[Asked]:
     """Films that few had rated when the member did."""
-    seen: dict[int, int] = {}
     new: dict[int, list[Rating]] = {}
-    columns = data.ratings.select("user_id", "item_id", "rating", "timestamp")
-    for user, film, rating, time in columns.iter_rows():
-        if seen.get(film, 0) < _FEW_RATERS:
+    few = data.ratings.filter(pl.int_range(pl.len()).over("item_id") < _FEW_RATERS)
+    for user, film, rating, time in few.select(
+        "user_id", "item_id", "rating", "timestamp"
+    ).iter_rows():
+        if user in data.by_member:
             new.setdefault(user, []).append((film, rating, time))
-        seen[film] = seen.get(film, 0) + 1
     for user, rows in new.items():
         for part in _cut(rows):
             films = [(film, "Yes" if rating >= _LIKE else "No") for film, rating, _ in part]
@@ -312,7 +329,7 @@ def _premiere(data: FilmData, random: np.random.Generator) -> Iterator[Asked]:
 
 def _search(data: FilmData, random: np.random.Generator) -> Iterator[Asked]:
     """A member's tag as a query: the films that got it from anybody, among others."""
-    tags = read_rows(data.folder / "tags.parquet").sort("timestamp", "user_id", "item_id")
+    tags = read_tags(data.folder).sort("timestamp", "user_id", "item_id")
     tagged: dict[str, set[int]] = {}
     for film, tag in tags.select("item_id", "tag").iter_rows():
         tagged.setdefault(str(tag).strip().lower(), set()).add(film)
