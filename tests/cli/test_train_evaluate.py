@@ -93,6 +93,7 @@ def test_a_recipe_trains_a_checkpoint_that_is_measured_beside_baselines(
     assert list(rows) == ["run", "item mean", "item mean + user mean", "LightGBM"]
     # One label in ten is flipped: a ranker that knows every film reaches .9.
     assert rows["item mean"]["metrics"]["auc"] > 0.85
+    assert rows["run"]["metrics"]["auc"] > 0.8
     scores = score_rows(Ranker.from_pretrained(out), read_movies(data))[0]
     labels = pl.read_parquet(data / "valid.parquet")["label"].to_numpy()
     assert rows["run"]["metrics"]["auc"] == pytest.approx(auc(labels, scores), abs=1e-3)
