@@ -91,18 +91,17 @@ def finetune(
         return read(data, config, tasks, losses=losses, styles=styles)
 
     config = change_config(
-        TrainConfig(
-            epochs=epochs,
-            learning_rate=learning_rate,
-            targets_per_step=targets_per_step,
-            max_tokens_per_pass=max_tokens_per_pass,
-            seed=seed,
-            precision=precision,  # type: ignore[arg-type]
-            gradient_checkpointing=gradient_checkpointing,
-            sharding=sharding,  # type: ignore[arg-type]
-            peak_tflops=peak_tflops,
-        ),
+        TrainConfig(),
         settings,
+        epochs=epochs,
+        learning_rate=learning_rate,
+        targets_per_step=targets_per_step,
+        max_tokens_per_pass=max_tokens_per_pass,
+        seed=seed,
+        precision=precision,
+        gradient_checkpointing=gradient_checkpointing,
+        sharding=sharding,
+        peak_tflops=peak_tflops,
     )
     own_tasks = [load_task(path) for path in task_file or ()]
     run_stages(

@@ -149,15 +149,14 @@ def instruct(
         )
 
     training = change_config(
-        TrainConfig(
-            epochs=epochs,
-            max_steps=max_steps,
-            learning_rate=learning_rate,
-            targets_per_step=targets_per_step,
-            max_tokens_per_pass=max_tokens_per_pass,
-            seed=seed,
-        ),
+        TrainConfig(),
         settings,
+        epochs=epochs,
+        max_steps=max_steps,
+        learning_rate=learning_rate,
+        targets_per_step=targets_per_step,
+        max_tokens_per_pass=max_tokens_per_pass,
+        seed=seed,
     )
     run_stages(
         [Stage(name="instruct", load=load, config=training)],

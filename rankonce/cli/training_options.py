@@ -142,13 +142,18 @@ def read_adapter_config(
     )
 
 
-def change_config(config: "TrainConfig", settings: Sequence[str] | None) -> "TrainConfig":
-    """Change what ``--set`` names."""
+def change_config(
+    config: "TrainConfig", settings: Sequence[str] | None, **options: Any
+) -> "TrainConfig":
+    """Change what the command's own options say, and what ``--set`` names beside them."""
     from dataclasses import replace
 
     from rankonce.training.recipes import read_settings
 
-    return replace(config, **read_settings(settings or ()))
+    named = read_settings(settings or ())
+    if both := sorted(named.keys() & options):
+        raise TrainingError(f"set: {', '.join(both)}: the command has an option for it")
+    return replace(config, **options, **named)
 
 
 def takes_adapter(command: Callable[..., None]) -> Callable[..., None]:

@@ -59,19 +59,20 @@ class Recipe:
         Raises:
             TrainingError: names the setting that no stage has, or the value it does not take.
         """
-        stages = {stage.name: stage for stage in self.stages}
+        named: dict[str, list[str]] = {stage.name: [] for stage in self.stages}
         for setting in settings:
-            path, is_given, text = setting.partition("=")
-            stage_name, _, name = path.partition(".")
-            if stage_name not in stages or not name or not is_given:
+            stage, _, rest = setting.partition(".")
+            if stage not in named or rest.startswith("=") or "=" not in rest:
                 raise TrainingError(
-                    f"set: should be STAGE.NAME=VALUE with a stage of {', '.join(stages)}, "
+                    f"set: should be STAGE.NAME=VALUE with a stage of {', '.join(named)}, "
                     f"is {setting!r}"
                 )
-            stage = stages[stage_name]
-            value = _read_setting(name, text)
-            stages[stage_name] = replace(stage, config=replace(stage.config, **{name: value}))
-        return replace(self, stages=tuple(stages.values()))
+            named[stage].append(rest)
+        stages = (
+            replace(one, config=replace(one.config, **read_settings(named[one.name])))
+            for one in self.stages
+        )
+        return replace(self, stages=tuple(stages))
 
 
 def read_settings(settings: Sequence[str]) -> dict[str, Any]:
@@ -85,6 +86,8 @@ def read_settings(settings: Sequence[str]) -> dict[str, Any]:
         name, is_given, text = setting.partition("=")
         if not is_given:
             raise TrainingError(f"set: should be NAME=VALUE, is {setting!r}")
+        if name in changes:
+            raise TrainingError(f"set: should name {name} once")
         changes[name] = _read_setting(name, text)
     return changes
 

@@ -192,6 +192,8 @@ def test_an_unknown_recipe_is_named(run: Command, data: Path, tmp_path: Path) ->
         ("tune.epochs=2", "set: should be STAGE.NAME=VALUE with a stage of catalogue"),
         ("finetune.epochs=two", "set: epochs should be of int"),
         ("finetune.fp8=yes", "set: fp8 should be of bool, is 'yes'"),
+        ("finetune.=2", "set: should be STAGE.NAME=VALUE with a stage of catalogue"),
+        ("epochs=0.5", "set: should be STAGE.NAME=VALUE with a stage of catalogue"),
         ("finetune.sharding=zero", "sharding: should be one of none, fsdp, is 'zero'"),
     ],
 )
@@ -201,6 +203,24 @@ def test_an_unknown_setting_is_named(
     done = run("train", "ml1m", "--data", data, "--out", tmp_path / "x", "--set", setting)
     assert done.exit_code == 1
     assert message in done.err
+
+
+def test_a_setting_that_is_given_twice_is_refused(run: Command, data: Path, tmp_path: Path) -> None:
+    twice = ("--set", "finetune.epochs=1", "--set", "finetune.epochs=2")
+    done = run("train", "ml1m", "--data", data, "--out", tmp_path / "x", *twice)
+    assert (done.exit_code, done.err) == (1, "error: set: should name epochs once\n")
+    examples = tmp_path / "examples.jsonl"
+    examples.write_text("")
+    for command, data_option, setting in (
+        ("finetune", "--data", "epochs=3"),
+        ("instruct", "--examples", "seed=3"),
+        ("pretrain", "--data", "targets_per_step=64"),
+    ):
+        done = run(command, data_option, examples, "--out", tmp_path / "x", "--set", setting)
+        name = setting.partition("=")[0]
+        assert done.exit_code == 1
+        assert done.err == f"error: set: {name}: the command has an option for it\n"
+    assert not (tmp_path / "x").exists()
 
 
 def test_an_unknown_size_is_named(run: Command, data: Path, tmp_path: Path) -> None:
