@@ -60,6 +60,13 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 _TOKENIZER_TASKS = ("job-apply", "movie-like", "movie-rating", "search-relevance", "similar-item")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a CUDA device where there is none."""
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
 def data_folder(name: str) -> Path:
     """Return a folder of the real data, or skip the test where it is absent."""
     default = Path(__file__).parents[2] / "shared" / "data"
