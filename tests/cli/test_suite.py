@@ -86,7 +86,7 @@ def test_a_task_that_fails_is_reported_and_the_exit_code_says_so(
         (("--in-context", "two"), 2, "should be numbers like 2,8"),
         (("--in-context", "0,2"), 1, "error: examples: should be different numbers from 1"),
         (("--late-share", "0"), 1, "error: late_share: should lie in (0, 1], not 0.0"),
-        (("--task", "movie-like"), 1, "error: task: movie-like: needs MovieLens latest-small"),
+        (("--task", "movie-like"), 1, "error: task: movie-like: needs ml-latest-small"),
         (("--task", "song-skip"), 1, "error: task: song-skip: there is no data of this task"),
         (("--data", "DATA"), 1, "should hold ratings.parquet, qrels.parquet or manifest.json"),
         (
