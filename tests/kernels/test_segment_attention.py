@@ -147,13 +147,7 @@ def check_triton(
     last_only: bool = False,
     config: TileConfig | None = None,
 ) -> None:
-    """Compare errors with those of dense attention in the same dtype, as FlashAttention's tests do.
-
-    All errors together (their root mean square) are at most twice as large. The largest one is at
-    most three times as large, as there for gradients: it hangs on the draw. Over twelve draws of
-    a layout of 223 keys and 7 heads in bf16 the ratio of the largest errors of dk went from 0.6 to
-    2.2, that of all together from 0.55 to 1.2.
-    """
+    """Apply the rule of FlashAttention's tests: at most twice the error of the same dtype."""
     spans, _, num_keys = build_spans(layout)
     if last_only:
         spans = last_queries(spans, torch.tensor(segment_ends(layout)))
@@ -174,12 +168,9 @@ def check_triton(
         ("out", "dq", "dk", "dv"), actual, same_dtype, exact, strict=True
     ):
         assert one.dtype == dtype
-        found, known = one.double() - wanted, other.double() - wanted
-        for kind, error, bound in (
-            ("all", found.square().mean().sqrt(), 2 * known.square().mean().sqrt()),
-            ("largest", found.abs().max(), 3 * known.abs().max()),
-        ):
-            assert error <= bound + 5e-6, f"{name}, {kind}: {error:.2g} > {bound:.2g}"
+        error = (one.double() - wanted).abs().max()
+        bound = 2 * (other.double() - wanted).abs().max() + 5e-6
+        assert error <= bound, f"{name}: {error:.2g} > {bound:.2g}"
 
 
 @pytest.fixture
