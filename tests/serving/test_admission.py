@@ -220,7 +220,7 @@ class Logs:
                 for line in lines
                 if line["logger"] == logger and (ids is None or line["request_id"] in ids)
             ]
-            if len(lines) >= len(ids or "1") or time.monotonic() > deadline:
+            if len(lines) >= (1 if ids is None else len(ids)) or time.monotonic() > deadline:
                 return lines
             time.sleep(0.01)
 
