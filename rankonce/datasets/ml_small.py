@@ -53,20 +53,38 @@ def read_ratings(folder: Path) -> tuple[pl.DataFrame, pl.DataFrame]:
         DataError: a file or a column is missing, or the folder holds another dataset.
     """
     if (dataset := _prepared(folder)) is not None:
-        known = dataset.read("items")
-        events = dataset.read("events").filter(pl.col("value").is_not_null())
-        events = events.join(known, on="item", how="semi")
-        rated = _numbered(events.select("member", "item", rating="value", timestamp="time"))
-        films = known.select(
-            item_id=pl.col("item").cast(pl.Int64),
-            title="title",
-            genres=pl.col("categories").list.join("|"),
-        )
-        return rated, films.collect()
+        ratings = read_numbered_ratings(dataset)
+        return ratings.sort("user_id", "item_id", maintain_order=True), films_of(dataset)
+    for name in ("ratings.parquet", "items.parquet"):
+        if not (folder / name).exists():
+            raise DataError(
+                f"{folder}: should hold ratings.parquet and items.parquet, has no {name}; or be "
+                "made by rankonce datasets ml-latest-small --out DIR"
+            )
     ratings = read_rows(folder / "ratings.parquet")
     if missing := {"user_id", "item_id", "rating", "timestamp"} - set(ratings.columns):
         raise DataError(f"ratings: should have the columns {', '.join(sorted(missing))}")
     return ratings, read_rows(folder / "items.parquet")
+
+
+def read_numbered_ratings(dataset: Dataset) -> pl.DataFrame:
+    """Read a prepared set's ratings of known films: user_id, item_id, rating, timestamp.
+
+    Those of a member stand together in the order of time, and of a second in that of the source.
+    """
+    events = dataset.read("events").filter(pl.col("value").is_not_null())
+    events = events.join(dataset.read("items"), on="item", how="semi", maintain_order="left")
+    return _numbered(events.select("member", "item", rating="value", timestamp="time"))
+
+
+def films_of(dataset: Dataset) -> pl.DataFrame:
+    """Read a prepared set's films: item_id, title, genres."""
+    films = dataset.read("items").select(
+        item_id=pl.col("item").cast(pl.Int64),
+        title="title",
+        genres=pl.col("categories").list.join("|"),
+    )
+    return films.collect()
 
 
 def read_tags(folder: Path) -> pl.DataFrame:
@@ -77,7 +95,8 @@ def read_tags(folder: Path) -> pl.DataFrame:
     """
     if (dataset := _prepared(folder)) is not None:
         tags = dataset.read("tags")
-        return _numbered(tags.select("member", "item", "tag", timestamp="time"))
+        numbered = _numbered(tags.select("member", "item", "tag", timestamp="time"))
+        return numbered.sort("user_id", "item_id", maintain_order=True)
     return read_rows(folder / "tags.parquet")
 
 
@@ -99,13 +118,12 @@ def _prepared(folder: Path) -> Dataset | None:
 
 
 def _numbered(rows: pl.LazyFrame) -> pl.DataFrame:
-    """Give members and items their own numbers, in the order of MovieLens' files."""
+    """Give members and items their own numbers."""
     keys = [
         pl.col(name).cast(pl.Int64).alias(key)
         for name, key in (("member", "user_id"), ("item", "item_id"))
     ]
-    others = pl.exclude("member", "item")
-    return rows.select(*keys, others).sort("user_id", "item_id", maintain_order=True).collect()
+    return rows.select(*keys, pl.exclude("member", "item")).collect()
 
 
 def label_likes(ratings: pl.DataFrame, stars: str) -> pl.DataFrame:

@@ -19,6 +19,7 @@ from rankonce.datasets.ml_small import (
     read_ratings,
 )
 from rankonce.datasets.movielens import TASK, read_films
+from rankonce.errors import DataError
 from rankonce.records import Item, ScoreRequest, TrainingExample, Value
 from rankonce.training.loop import TrainConfig
 from rankonce.training.stages import StageSource, Tasks, fingerprint_files, label_source
@@ -135,7 +136,12 @@ def catalogue_source(
 
     Args:
         folder: its files, for the fingerprint.
+
+    Raises:
+        DataError: no film has ratings of two members.
     """
+    if not catalogue.like_shares:
+        raise DataError(f"{folder}: should hold a film that two members rated")
 
     def epoch(number: int) -> Iterable[TrainingExample]:
         return repeated_quality_examples(

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from rankonce.datasets.movielens import movie_examples, movie_rows, read_rows
+from rankonce.datasets.collm_split import read_collm_split
+from rankonce.datasets.movielens import movie_examples, movie_rows
 from rankonce.datasets.statistics import read_labels, read_whole_numbers
 from rankonce.environment import describe_environment
 from rankonce.errors import RankOnceError
@@ -26,8 +27,6 @@ from rankonce.training.catalogue import (
 from rankonce.training.loop import TrainConfig
 from rankonce.training.stages import StageSource, Tasks, fingerprint_files, label_source
 from rankonce.training.teacher import add_unrated, fit_teacher, hide_members
-
-_FILES = ("train.parquet", "valid.parquet", "items.parquet")
 
 # Of the train rows, the first ones that are no examples.
 _FIRST_SHARE = 0.3
@@ -66,7 +65,7 @@ def _read_other_catalogue(folder: Path, train_rows: pl.DataFrame) -> Catalogue |
 
 def load_catalogue(folder: Path, config: TrainConfig, tasks: Tasks) -> StageSource | None:
     """Ask of the films of ``FOLDER/ml-small`` or ``FOLDER/../ml-small``; None without one."""
-    catalogue = _read_other_catalogue(folder, read_rows(folder / "train.parquet"))
+    catalogue = _read_other_catalogue(folder, read_collm_split(folder).train)
     other = _find_catalogue(folder)
     if catalogue is None or other is None:
         return None
@@ -77,7 +76,8 @@ def load_ml1m(
     folder: Path, config: TrainConfig, tasks: Tasks, *, with_catalogue: bool = True
 ) -> StageSource:
     """Ask of the later train rows and of films that nobody rated, with a teacher's labels."""
-    train_rows, valid_rows, items = (read_rows(folder / name) for name in _FILES)
+    parts = read_collm_split(folder)
+    train_rows, items = parts.train, parts.items
     catalogue = _read_other_catalogue(folder, train_rows) if with_catalogue else None
     start = _first_moment(train_rows)
     teach = fit_teacher(train_rows, items, since=start, catalogue=catalogue)
@@ -101,12 +101,13 @@ def load_ml1m(
                 times=_REMINDERS,
             )
 
-    held_out = movie_rows(valid_rows, items, train=train_rows)
+    held_out = movie_rows(parts.valid, items, train=train_rows)
     return label_source(
         epoch,
         tasks=tasks,
         valid=list(movie_examples(held_out, candidates_per_example=_CANDIDATES)),
-        fingerprint=fingerprint_files(folder / name for name in _FILES),
+        split=parts.tables(),
+        fingerprint=fingerprint_files(parts.files),
     )
 
 
@@ -123,7 +124,8 @@ def measure_teacher(folder: Path) -> dict[str, dict[str, float]]:
     """
     from sklearn.metrics import log_loss, roc_auc_score
 
-    train_rows, valid_rows, items = (read_rows(folder / name) for name in _FILES)
+    parts = read_collm_split(folder)
+    train_rows, valid_rows, items = parts.train, parts.valid, parts.items
     catalogue = _read_other_catalogue(folder, train_rows)
     labels = read_labels(valid_rows)
 

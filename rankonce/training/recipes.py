@@ -6,6 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import polars as pl
+
 from rankonce.datasets.ml_small import (
     add_passed_over,
     files_of,
@@ -13,7 +15,7 @@ from rankonce.datasets.ml_small import (
     split_each_member,
 )
 from rankonce.datasets.movielens import movie_examples, movie_rows, read_films
-from rankonce.errors import TrainingError
+from rankonce.errors import DataError, TrainingError
 from rankonce.prompts.tasks import Task
 from rankonce.records import TrainingExample
 from rankonce.training.adapters import AdapterConfig
@@ -261,13 +263,13 @@ def run_recipe(
 
 def _load_own_catalogue(folder: Path, config: TrainConfig, tasks: Tasks) -> StageSource:
     ratings, items = read_ml_small(folder)
-    train_rows, _ = split_each_member(ratings, held_out_share=HELD_OUT_SHARE)
+    train_rows, _ = _split_ratings(folder, ratings)
     return catalogue_source(make_catalogue(train_rows, read_films(items)), folder, config, tasks)
 
 
 def _load_ml_small(folder: Path, config: TrainConfig, tasks: Tasks) -> StageSource:
     ratings, items = read_ml_small(folder)
-    train_rows, valid_rows = split_each_member(ratings, held_out_share=HELD_OUT_SHARE)
+    train_rows, valid_rows = _split_ratings(folder, ratings)
 
     def epoch(number: int) -> Iterable[TrainingExample]:
         seed = 1000 * config.seed + number
@@ -286,3 +288,13 @@ def _load_ml_small(folder: Path, config: TrainConfig, tasks: Tasks) -> StageSour
         split={"train": train_rows, "valid": held_out, "items": items},
         fingerprint=fingerprint_files(files_of(folder)),
     )
+
+
+def _split_ratings(folder: Path, ratings: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
+    train_rows, valid_rows = split_each_member(ratings, held_out_share=HELD_OUT_SHARE)
+    if train_rows.is_empty():
+        raise DataError(
+            f"{folder}: should hold a member with two ratings of 4 stars and more or 3 and less; "
+            f"of every member the newest {HELD_OUT_SHARE:.0%} are held out"
+        )
+    return train_rows, valid_rows

@@ -113,9 +113,14 @@ def label_source(
         objective: takes the place of the losses.
         style_seed: each example of an epoch comes in a wording drawn from its task's own and its
             styles; ``None`` uses the task's own, as the valid examples always do.
+
+    Raises:
+        DataError: an epoch has no examples, or one of them does not fit its task.
     """
     learnt = objective or LabelObjective(losses=losses or {"softmax": 1.0})
     first = list(epoch(0))
+    if not first:
+        raise DataError("data: should hold a labelled request to learn from, holds none")
     check_examples(first, tasks)
     check_examples(valid, tasks)
     names = sorted({example.request.task for example in (*first, *valid)})

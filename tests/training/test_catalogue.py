@@ -95,5 +95,8 @@ def test_a_catalogue_without_its_columns_is_named(tmp_path: Path) -> None:
     pl.DataFrame({"user_id": [1], "item_id": [1], "timestamp": [1]}).write_parquet(
         tmp_path / "ratings.parquet"
     )
+    with pytest.raises(DataError, match=r"has no items\.parquet; or be made by"):
+        read_catalogue(tmp_path, since=0, until=1, mean=0.5)
+    pl.DataFrame({"item_id": [1]}).write_parquet(tmp_path / "items.parquet")
     with pytest.raises(DataError, match="ratings: should have the columns rating"):
         read_catalogue(tmp_path, since=0, until=1, mean=0.5)

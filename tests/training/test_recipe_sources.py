@@ -118,6 +118,7 @@ def test_without_another_catalogue_its_stage_is_left_out(folder: Path, tmp_path:
     assert load("ml1m", "catalogue", alone) is None
     assert not any(map(is_of_catalogue, epoch(load("ml1m", "finetune", alone))))
     (alone / "ml-small").mkdir()
+    write_items(alone / "ml-small", {1: "Film"})
     pl.DataFrame({"user_id": [1]}).write_parquet(alone / "ml-small" / "ratings.parquet")
     with pytest.raises(DataError, match="ratings: should have the columns item_id, rating, time"):
         load("ml1m", "catalogue", alone)
@@ -300,3 +301,23 @@ def test_an_embedded_folder_needs_a_finished_run_and_the_named_films(tmp_path: P
     )
     with pytest.raises(DataError, match=r"title: no film begins with 'Shrek \('"):
         demo_requests(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([(1, 1, 4.0)], "should hold a member with two ratings of 4 stars and more or 3 and less"),
+        ([(1, 1, 3.5), (1, 2, 3.5)], "should hold a member with two ratings"),
+        ([(1, 1, 4.0), (1, 2, 4.0)], "should hold a film that two members rated"),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_too_few_ratings_are_refused_by_name(
+    tmp_path: Path, rows: list[tuple[int, int, float]], message: str
+) -> None:
+    write_items(tmp_path, {1: "One", 2: "Two"})
+    columns = ["user_id", "item_id", "rating"]
+    ratings = pl.DataFrame(rows, schema=columns, orient="row").with_columns(timestamp=LATER)
+    ratings.write_parquet(tmp_path / "ratings.parquet")
+    with pytest.raises(DataError, match=f"{tmp_path.name}: {message}"):
+        load("ml-small", "catalogue", tmp_path)
