@@ -65,8 +65,12 @@ def suite(
         str, typer.Option(metavar="N,...", help="Solved candidates in the prompt, an arm each.")
     ] = "2,8",
     history: Annotated[
-        str, typer.Option(metavar="N,...", help="Newest events that stay, an arm each.")
-    ] = "0,5,20,50",
+        str,
+        typer.Option(
+            metavar="N,...",
+            help="Newest events in the prompt, or all, whatever a task's policy takes.",
+        ),
+    ] = "0,5,20,50,all",
     titles: Annotated[
         bool, typer.Option("--titles/--no-titles", help="Also measure with the titles shuffled.")
     ] = True,
@@ -106,7 +110,7 @@ def suite(
         raise typer.BadParameter("is instead of --data", param_hint="--examples")
     config = SuiteConfig(
         examples=_numbers(in_context, "--in-context"),
-        history=_numbers(history, "--history"),
+        history=_event_numbers(history),
         titles=titles,
         num_resamples=num_resamples,
         seed=seed,
@@ -177,3 +181,10 @@ def _numbers(text: str, option: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError as error:
         raise typer.BadParameter("should be numbers like 2,8", param_hint=option) from error
+
+
+def _event_numbers(text: str) -> tuple[int | None, ...]:
+    """Read numbers of events between commas; "all" is None."""
+    parts = [part.strip() for part in text.split(",")]
+    numbers = _numbers(",".join(part for part in parts if part != "all"), "--history")
+    return (*numbers, *[None] * parts.count("all"))

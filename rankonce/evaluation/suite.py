@@ -7,7 +7,7 @@ over the prompt's own fields say what a table of them is worth.
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -52,8 +52,8 @@ class Scorer(Protocol):
     """What the suite needs of a ``Ranker``."""
 
     @property
-    def tasks(self) -> Mapping[str, Task]:
-        """The tasks it knows, by name."""
+    def tasks(self) -> MutableMapping[str, Task]:
+        """The tasks it knows, by name; an arm may ask in another form of one."""
 
     def score_many(
         self, requests: Iterable[ScoreRequest], *, progress: bool = True
@@ -202,7 +202,7 @@ class _Measurement:
     def _measure_arm(self, arm: Arm) -> ArmReport:
         try:
             requests = arm.change(self.task, self.requests)
-            results = self._score_changed(requests)
+            results = self._score_changed(requests, arm.ask(self.task))
         except InapplicableArmError as reason:
             return ArmReport(name=arm.name, family=arm.family, size=arm.size, left_out=str(reason))
         except PromptTooLongError as error:
@@ -249,13 +249,22 @@ class _Measurement:
     def _estimate(self, scores: Scores) -> dict[str, Estimate]:
         return estimate_all(self.rows, scores, **self.draws)
 
-    def _score_changed(self, requests: Sequence[ScoreRequest]) -> list[ScoreResult]:
-        """Score requests; one that an arm has not changed keeps the result that it has."""
-        changed = [i for i, request in enumerate(requests) if request != self.asked[i]]
+    def _score_changed(self, requests: Sequence[ScoreRequest], task: Task) -> list[ScoreResult]:
+        """Score requests; one whose prompt an arm has not changed keeps the result that it has."""
+        changed = [
+            i
+            for i, request in enumerate(requests)
+            if request != self.asked[i]
+            or (task != self.task and self.results[i].history.num_kept < len(request.history))
+        ]
         results = list(self.results)
-        fresh = self.scorer.score_many([requests[i] for i in changed], progress=False)
-        for place, result in zip(changed, fresh, strict=True):
-            results[place] = result
+        self.scorer.tasks[task.name] = task
+        try:
+            fresh = self.scorer.score_many([requests[i] for i in changed], progress=False)
+            for place, result in zip(changed, fresh, strict=True):
+                results[place] = result
+        finally:
+            self.scorer.tasks[task.name] = self.task
         return results
 
 

@@ -1,7 +1,7 @@
 """The suite's arms: the same requests with something given, taken away or mixed up.
 
 examples N   N solved candidates of earlier requests stand in the prompt
-history N    the newest N events stay
+history N    the newest N events stand in the prompt, or all, whatever the task's policy takes
 titles       titles change places among items, the same way everywhere
 """
 
@@ -18,6 +18,8 @@ from rankonce.records import Event, Item, ScoreRequest, SolvedCandidate, Value
 
 # Fields that hold what an item is called, the likeliest first.
 _TITLES = ("title", "text", "name")
+# More tokens than any context has.
+_NO_BOUND = 1_000_000_000
 
 
 class InapplicableArmError(Exception):
@@ -31,24 +33,26 @@ class Arm:
     Attributes:
         name: for people.
         family: examples, history or titles.
-        size: examples or events; 0 for titles.
+        size: examples or events, ``None`` for all events; 0 for titles.
         change: makes the requests; raises ``InapplicableArmError``.
+        ask: makes the task that they are asked in.
     """
 
     name: str
     family: str
-    size: int
+    size: int | None
     change: Callable[[Task, TaskRequests], list[ScoreRequest]]
+    ask: Callable[[Task], Task] = lambda task: task
 
 
 def make_arms(
     *,
     examples: Sequence[int] = (2, 8),
-    history: Sequence[int] = (0, 5, 20, 50),
+    history: Sequence[int | None] = (0, 5, 20, 50, None),
     titles: bool = True,
     seed: int = 0,
 ) -> tuple[Arm, ...]:
-    """Make the arms beside the requests as they are, which have no examples and all events."""
+    """Make the arms beside the requests as they are, without examples, by the task's policy."""
     shown = [
         Arm(
             name=f"{count} examples",
@@ -60,10 +64,11 @@ def make_arms(
     ]
     kept = [
         Arm(
-            name=f"{count} events",
+            name=f"{'all' if count is None else count} events",
             family="history",
             size=count,
             change=partial(_keep_events, count=count),
+            ask=_write_all_events,
         )
         for count in history
     ]
@@ -134,24 +139,24 @@ class _Pools:
         return tuple(drawn[:count])
 
 
-def _keep_events(task: Task, requests: TaskRequests, *, count: int) -> list[ScoreRequest]:
+def _write_all_events(task: Task) -> Task:
+    """Let the prompt hold every event, as far as the model's context goes."""
+    if task.history is None:
+        return task
+    lifted = {"policy": "chronological", "max_events": None, "max_tokens": _NO_BOUND}
+    return task.model_copy(update={"history": task.history.model_copy(update=lifted)})
+
+
+def _keep_events(task: Task, requests: TaskRequests, *, count: int | None) -> list[ScoreRequest]:
     """Keep the newest events; of equal times the later entries are newer."""
     asked = [one.example.request for one in requests.later]
     if task.history is None:
         raise InapplicableArmError("the task has no history")
     if not any(request.history for request in asked):
         raise InapplicableArmError("no request has a history")
-    policy = task.history
-    if (
-        policy.policy in ("chronological", "recent")
-        and policy.max_events is not None
-        and policy.max_events <= count
-    ):
-        # The prompt keeps no more by itself.
-        return asked
     return [
         replace(request, history=newest_events(request.history, count))
-        if len(request.history) > count
+        if count is not None and len(request.history) > count
         else request
         for request in asked
     ]

@@ -109,15 +109,17 @@ def plot_overview(report: SuiteReport) -> str:
 def plot_family(report: SuiteReport, family: str, title: str, label: str) -> str:
     """The main metric against the size of the arms: thin a task, thick their mean.
 
-    Tasks count that have every size. Without examples, and with all events, stands what the
-    requests are by themselves.
+    Tasks count that have every size. Without examples, and with the history that a task's own
+    policy picks, stands what the requests are by themselves.
     """
-    sizes = sorted({a.size or 0 for t in report.tasks for a in t.arms if a.family == family})
-    names = {size: f"{size} {'examples' if family == 'examples' else 'events'}" for size in sizes}
+    arms = {a.name: a for t in report.tasks for a in t.arms if a.family == family}
+    sizes = {name: float("inf") if arm.size is None else arm.size for name, arm in arms.items()}
+    names = sorted(sizes, key=lambda name: sizes[name])
+    numbers = [name.split()[0] for name in names]
     if family == "examples":
-        steps, ticks = [BASE, *(names[size] for size in sizes)], ["0", *map(str, sizes)]
+        steps, ticks = [BASE, *names], ["0", *numbers]
     else:
-        steps, ticks = [*(names[size] for size in sizes), BASE], [*map(str, sizes), "all"]
+        steps, ticks = [*names, BASE], [*numbers, "the task's own"]
     complete = [task for task in order_tasks(report) if all(task.arm(step) for step in steps)]
 
     def paint(axes: "Axes") -> None:

@@ -22,14 +22,14 @@ class SuiteConfig:
 
     Attributes:
         examples: numbers of solved candidates in the prompt, an arm each.
-        history: numbers of newest events kept, an arm each.
+        history: numbers of newest events in the prompt, an arm each; ``None`` is all of them.
         titles: also measure with the titles shuffled.
         num_resamples: bootstrap samples of members.
         seed: of everything that is drawn.
     """
 
     examples: tuple[int, ...] = (2, 8)
-    history: tuple[int, ...] = (0, 5, 20, 50)
+    history: tuple[int | None, ...] = (0, 5, 20, 50, None)
     titles: bool = True
     num_resamples: int = 100
     seed: int = 0
@@ -38,10 +38,10 @@ class SuiteConfig:
         if self.num_resamples < 2:
             raise DataError(f"num_resamples: should be at least 2, not {self.num_resamples}")
         for name, low, numbers in (("examples", 1, self.examples), ("history", 0, self.history)):
-            if any(number < low for number in numbers) or len(set(numbers)) < len(numbers):
-                raise DataError(
-                    f"{name}: should be different numbers from {low}, are {list(numbers)}"
-                )
+            wrong = any(number is not None and number < low for number in numbers)
+            if wrong or len(set(numbers)) < len(numbers):
+                given = ["all" if number is None else number for number in numbers]
+                raise DataError(f"{name}: should be different numbers from {low}, are {given}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +49,8 @@ class ArmReport:
     """One arm of a task.
 
     Attributes:
-        family, size: examples, history or titles and its number; ``None`` for the requests as
-            they are.
+        family, size: examples, history or titles and its number, which is ``None`` for all
+            events; both are for the requests as they are.
         left_out: why there is no number; empty where there is one.
         metrics: of the ranker, by name.
         difference: of the main metric from the requests as they are, on the same rows.

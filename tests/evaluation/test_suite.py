@@ -348,7 +348,7 @@ def test_the_newest_events_stay_in_their_order() -> None:
 def test_a_request_that_an_arm_leaves_alone_is_not_scored_again() -> None:
     task, data = library_tasks()["song-next"], requests_of("song-next")
     scorer = FormulaScorer(lambda request, place: say(task, stable_share(place)))
-    config = SuiteConfig(num_resamples=20, examples=(), titles=False, history=(0, 3, 10_000))
+    config = SuiteConfig(num_resamples=20, examples=(), titles=False, history=(0, 3, 10_000, None))
     report = measure(scorer, "song-next", config=config).tasks[0]
     lengths = [len(one.example.request.history) for one in data.later]
     longer = sum(length > 3 for length in lengths) + sum(length > 0 for length in lengths)
@@ -356,7 +356,30 @@ def test_a_request_that_an_arm_leaves_alone_is_not_scored_again() -> None:
     kept = {arm.name: arm.events_kept for arm in report.arms}
     assert kept["0 events"] == 0
     assert kept["3 events"] == pytest.approx(np.mean([min(3, length) for length in lengths]))
-    assert kept["10000 events"] == kept[BASE] == pytest.approx(np.mean(lengths))
+    assert kept["10000 events"] == kept["all events"] == kept[BASE]
+    assert kept[BASE] == pytest.approx(np.mean(lengths))
+
+
+@pytest.mark.parametrize("name", ["song-next", "song-release", "post-like"])
+def test_as_many_events_stand_in_the_prompt_as_an_arm_says(
+    load_random: Callable[[str], LoadedModel], name: str
+) -> None:
+    """Whatever the policies take: the 6 newest, 14 like the candidates, 24 of all actions."""
+    ranker = Ranker(load_random("qwen3"))
+    data = requests_of(name)
+    lengths = np.array([len(one.example.request.history) for one in data.later])
+    config = SuiteConfig(num_resamples=20, examples=(), titles=False, history=(2, 40, None))
+    report = measure(ranker, name, config=config).tasks[0]
+    kept = {arm.name: arm.events_kept for arm in report.arms}
+    assert kept["2 events"] == np.minimum(lengths, 2).mean()
+    assert kept["40 events"] == np.minimum(lengths, 40).mean()
+    assert kept["all events"] == lengths.mean()
+    assert kept[BASE] is not None
+    assert kept[BASE] < lengths.mean()
+    tokens = {arm.name: arm.prompt_tokens or 0.0 for arm in report.arms}
+    assert tokens["2 events"] < tokens[BASE] < tokens["all events"]
+    # The ranker is left as it was.
+    assert ranker.tasks[name] == library_tasks()[name]
 
 
 def test_an_arm_that_says_nothing_of_a_task_tells_why() -> None:
@@ -438,6 +461,7 @@ def test_a_label_that_is_no_name_is_refused_by_its_place() -> None:
     [
         ({"examples": (0, 2)}, "examples: should be different numbers from 1"),
         ({"history": (5, 5)}, "history: should be different numbers from 0"),
+        ({"history": (None, 5, None)}, r"history: should be .* are \['all', 5, 'all'\]"),
         ({"num_resamples": 1}, "num_resamples: should be at least 2"),
     ],
 )
