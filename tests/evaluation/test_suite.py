@@ -367,9 +367,10 @@ def test_as_many_events_stand_in_the_prompt_as_an_arm_says(
     """Whatever the policies take: the 6 newest, 14 like the candidates, 24 of all actions."""
     ranker = Ranker(load_random("qwen3"))
     data = requests_of(name)
+    data = replace(data, later=data.later[:4])
     lengths = np.array([len(one.example.request.history) for one in data.later])
     config = SuiteConfig(num_resamples=20, examples=(), titles=False, history=(2, 40, None))
-    report = measure(ranker, name, config=config).tasks[0]
+    report = measure(ranker, loaders={name: lambda: data}, config=config).tasks[0]
     kept = {arm.name: arm.events_kept for arm in report.arms}
     assert kept["2 events"] == np.minimum(lengths, 2).mean()
     assert kept["40 events"] == np.minimum(lengths, 40).mean()
