@@ -273,7 +273,8 @@ def fingerprint_checkpoint(model: str, precision: str | None) -> str:
 def _describe_card(card: ModelCard) -> str:
     # Not when it was loaded: a server that is started again serves what it did.
     above = f" over {card.parent}" if card.parent else ""
-    return f"{card.id}{above}, context {card.max_model_len}"
+    weights = f", weights {card.fingerprint[:16]}" if card.fingerprint else ""
+    return f"{card.id}{above}, context {card.max_model_len}{weights}"
 
 
 def _read_answer(answer: RankAnswer) -> TeacherScores:

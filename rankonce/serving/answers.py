@@ -281,7 +281,10 @@ class ChatAnswer(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """The model served, or an adapter over it, whose ``parent`` it is."""
+    """The model served, or an adapter over it, whose ``parent`` it is.
+
+    ``fingerprint`` identifies the weights where they were loaded here from a folder.
+    """
 
     object: Literal["model"] = "model"
     id: str
@@ -289,6 +292,7 @@ class ModelCard(BaseModel):
     owned_by: str = "rankonce"
     max_model_len: int
     parent: str | None = None
+    fingerprint: str | None = None
 
 
 class ModelList(BaseModel):

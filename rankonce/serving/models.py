@@ -10,9 +10,12 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Protocol, TypeVar
 
+from rankonce.calibration import fingerprint_weights
 from rankonce.errors import ModelError
+from rankonce.model.loading import LoadedModel
 from rankonce.ranker import Ranker
 from rankonce.serving.answers import ModelCard
 from rankonce.serving.engine import Engine, ServerConfig
@@ -36,6 +39,7 @@ class _Served:
     engine: Engine
     under_way: set[asyncio.Event] = field(default_factory=set)
     created: dict[str, int] = field(default_factory=dict)
+    fingerprints: dict[str, str | None] = field(default_factory=dict)
 
     @contextmanager
     def question(self) -> Iterator[None]:
@@ -56,6 +60,21 @@ class _Served:
         now = int(time.time())
         names = (self.engine.model_name, *self.engine.adapter_names)
         self.created = {name: self.created.get(name, now) for name in names}
+        self.fingerprints = {
+            name: self.fingerprints[name] if name in self.fingerprints else self._fingerprint(name)
+            for name in names
+        }
+
+    def _fingerprint(self, name: str) -> str | None:
+        model = self.engine.ranker.model
+        adapter = model.adapters.files.get(name)
+        folder = Path(model.name) if adapter is None else adapter.folder
+        if not folder.is_dir() or not isinstance(model, LoadedModel):
+            return None
+        try:
+            return fingerprint_weights(folder)
+        except ModelError:  # weights in another form than safetensors
+            return None
 
 
 class Models:
@@ -121,6 +140,7 @@ class Models:
                 created=created,
                 max_model_len=one.engine.ranker.model.max_prompt_tokens,
                 parent=None if name == one.engine.model_name else one.engine.model_name,
+                fingerprint=one.fingerprints[name],
             )
             for one in self._served
             for name, created in one.created.items()

@@ -1,9 +1,11 @@
 """Teachers behind a server, teachers of another vocabulary, and what is refused."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from rankonce.client import ClientConfig
 from rankonce.distillation.asking import add_scores, fill_store
@@ -70,6 +72,38 @@ def test_a_server_with_other_weights_does_not_mix_into_a_store(tmp_path: Path) -
         with pytest.raises(DataError, match="holds other scores"):
             fill_store(store, other, newer, TASKS)
         other.close()
+
+
+def test_weights_that_differ_a_little_behind_the_same_address_are_noticed(
+    folder: Path, tmp_path: Path
+) -> None:
+    """Too little for a log-probability to tell: the server says which weights it holds."""
+    old = folder / "teacher"
+    new = tmp_path / "new"
+    shutil.copytree(old, new)
+    weights = {name: 1.001 * value for name, value in load_file(new / "model.safetensors").items()}
+    save_file(weights, new / "model.safetensors", metadata={"format": "pt"})
+
+    class Moved(ServedTeacher):
+        fingerprint = "one address"
+
+    served = {}
+    with ScoreStore(tmp_path / "scores") as store:
+        for model, count in ((old, 4), (old, 6), (new, 9)):
+            ranker = Ranker.from_pretrained(model, device="cpu")
+            with serving(ranker, served_model_name="teacher") as http:
+                teacher = Moved(ClientConfig(url=str(http.base_url)))
+                served[model] = ranker.score(EXAMPLES[0].request)
+                if model == new:
+                    with pytest.raises(
+                        DataError, match=r"now serves teacher, .*, weights \w{16}: "
+                    ):
+                        fill_store(store, teacher, EXAMPLES[:count], TASKS)
+                else:
+                    fill_store(store, teacher, EXAMPLES[:count], TASKS)
+                teacher.close()
+    for before, after in zip(served[old].candidates, served[new].candidates, strict=True):
+        assert before.log_probs == pytest.approx(after.log_probs, abs=0.2)
 
 
 def test_a_request_that_a_server_refuses_is_named_by_its_place(tmp_path: Path) -> None:

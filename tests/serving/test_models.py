@@ -12,6 +12,7 @@ import httpx
 import pytest
 import typer
 
+from rankonce.calibration import fingerprint_weights
 from rankonce.cli.serve import _read_models
 from rankonce.errors import ModelError
 from rankonce.ranker import Ranker
@@ -100,6 +101,9 @@ def test_the_field_model_chooses_among_several_models(folders: dict[str, Path]) 
             ("org/other", None),
         ]
         assert http.get("/v1/models/org/other").json()["id"] == "org/other"
+        assert [card["fingerprint"] for card in cards] == [
+            fingerprint_weights(folders[name]) for name in ("tiny", "other")
+        ]
         message = error_of(rank(http, model="tiny"), 404)["message"]
         assert message == "model: there is no 'tiny', this server has 'small', 'org/other'"
     assert alone["small"] != [*map(float, alone["org/other"].expected)]
@@ -133,6 +137,9 @@ def test_an_adapter_loaded_at_run_time_scores_as_one_loaded_at_the_start(
         ("tiny", None),
         ("films", "tiny"),
         ("jobs", "tiny"),
+    ]
+    assert [card["fingerprint"] for card in cards[1:]] == [
+        fingerprint_weights(folders[name]) for name in ("films", "jobs")
     ]
 
 
