@@ -27,6 +27,14 @@ def ladder(
         Path, typer.Argument(exists=True, dir_okay=False, help="The rungs, in YAML or TOML.")
     ],
     out: RunFolderOption,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Change what the file says, e.g. rungs.small.size=0.4m; may be repeated.",
+        ),
+    ] = None,
     rounds: Annotated[
         int,
         typer.Option(
@@ -43,7 +51,7 @@ def ladder(
     from rankonce.training.checkpoint import write_json
 
     quiet_transformers()
-    read = read_ladder(file)
+    read = read_ladder(file, settings or ())
     rows = run_ladder(read, out)
     if is_first_process():
         path = out / "ladder.json"

@@ -128,8 +128,12 @@ _LADDER = TypeAdapter(Ladder)
 _PLACES = {"first": 0, "previous": -1}
 
 
-def read_ladder(path: Path) -> Ladder:
+def read_ladder(path: Path, settings: Sequence[str] = ()) -> Ladder:
     """Read a ladder from YAML, or TOML by its suffix.
+
+    Args:
+        settings: changes of what the file says, each ``KEY=VALUE`` with the value in YAML; a key
+            goes down by dots, to a rung by its name: ``rungs.small.train.epochs=2``.
 
     Raises:
         TrainingError: names the field that is wrong, missing or unknown.
@@ -137,6 +141,7 @@ def read_ladder(path: Path) -> Ladder:
     try:
         text = path.read_text(encoding="utf-8")
         data = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
+        _change(data, settings)
         ladder = _LADDER.validate_python(data)
     except (OSError, UnicodeDecodeError) as error:
         raise TrainingError(f"{path}: cannot be read: {error}") from error
@@ -146,6 +151,46 @@ def read_ladder(path: Path) -> Ladder:
         raise TrainingError(f"{path}: {describe_faults(error.errors())}") from error
     _check(ladder, path)
     return _in_steps(_from_folder(ladder, path.parent))
+
+
+def _change(data: Any, settings: Sequence[str]) -> None:
+    done: set[str] = set()
+    for setting in settings:
+        key, is_given, text = setting.partition("=")
+        if not is_given:
+            raise TrainingError(f"set: should be KEY=VALUE, is {setting!r}")
+        if key in done:
+            raise TrainingError(f"set: should name {key} once")
+        done.add(key)
+        *parents, last = key.split(".")
+        place = data
+        for part in parents:
+            place = _inside(place, part, key)
+        if not isinstance(place, dict):
+            raise TrainingError(f"set: {key}: should name a field, like rungs.small.size")
+        place[last] = _read_value(text)
+
+
+def _inside(place: Any, name: str, key: str) -> Any:
+    if isinstance(place, dict):
+        return place.setdefault(name, {})
+    named = {one["name"]: one for one in place if "name" in one} if isinstance(place, list) else {}
+    if name not in named:
+        there = f"one of {', '.join(named)}" if named else "left out"
+        raise TrainingError(f"set: {key}: {name!r} should be {there}")
+    return named[name]
+
+
+def _read_value(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise TrainingError(f"set: should be KEY=VALUE with a value in YAML: {error}") from error
 
 
 def run_ladder(ladder: Ladder, out: Path) -> list[dict[str, Any]]:

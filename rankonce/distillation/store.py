@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
+from rankonce import __version__
 from rankonce.errors import DataError
 from rankonce.prompts.tasks import Task
 from rankonce.records import Item, ScoreRequest
@@ -92,7 +93,8 @@ def score_keys(teacher: str, task: Task, request: ScoreRequest) -> list[bytes]:
         history=tuple(replace(one, item=_nameless(one.item)) for one in request.history),
         examples=tuple(replace(one, item=_nameless(one.item)) for one in request.examples),
     )
-    parts = [teacher, fingerprint_task(task), _canonical(shared)]
+    # Another version may write the same request in other words.
+    parts = [__version__, teacher, fingerprint_task(task), _canonical(shared)]
     if task.history is not None and task.history.policy == "similar":
         parts += candidates
     head = hashlib.sha256("\0".join(parts).encode()).digest()

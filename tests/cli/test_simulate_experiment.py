@@ -215,10 +215,63 @@ def test_an_experiment_trains_prunes_quantises_measures_and_judges(
     report = json.loads((out / "report.json").read_text())
     difference = report["comparisons"][0]["estimate"]["value"]
     assert difference == pytest.approx(table["auc"][1] - table["auc"][0], abs=1e-9)
+    # One line is another: what hangs on it is made anew, and the teacher is not.
+    before = {path.parent for path in out.glob("steps/*/step.json")}
+    file.write_text(yaml.safe_dump({**content, "variables": {**content["variables"], "keep": 0.6}}))
+    changed = run("experiment", file, "--out", out)
+    assert changed.exit_code == 0, changed.err
+    made = {path.parent for path in out.glob("steps/*/step.json")} - before
+    commands = [json.loads((path / "step.json").read_text())["command"] for path in made]
+    assert sorted(command[1] for command in commands) == [
+        *("bench", "bench", "evaluate", "evaluate", "prune", "quantize"),
+    ]  # fmt: skip
+    smaller = pl.read_parquet(out / "results.parquet")
+    assert smaller["size"][0] == table["size"][0]
+    assert (smaller["size"][1:] < table["size"][1:]).all()
     again = run("experiment", file, "--out", out, "--set", "keep=2")
     assert again.exit_code == 1
     assert "failed: small" in again.err
     assert "keep: should" in again.err
+
+
+def test_a_ladder_can_be_in_the_grid(run: Command, tmp_path: Path) -> None:
+    simulate(run, tmp_path / "train.jsonl", "train")
+    simulate(run, tmp_path / "test.jsonl", "test")
+    rungs = [
+        {"name": "large", "size": "0.16m"},
+        {"name": "small", "size": "0.07m", "teacher": "first"},
+    ]
+    ladder = {"data": ["here"], "store": "scores.sqlite", "train": {"max_steps": 5}, "rungs": rungs}
+    (tmp_path / "ladder.yaml").write_text(yaml.safe_dump(ladder))
+    content = {
+        "name": "ladders",
+        "inputs": {"ladder": "ladder.yaml", "train": "train.jsonl", "test": "test.jsonl"},
+        "variables": {"steps": 5},
+        "steps": {
+            "climbed": "ladder {ladder} --set data=[{train}] --set store={out}/scores.sqlite "
+            "--set rungs.small.train.max_steps={steps} --rounds 0 --out {out}"
+        },
+        "measures": {
+            "quality": "evaluate --model {climbed}/rungs/2-small --examples {test} "
+            "--num-resamples 20 --json --scores {scores}"
+        },
+        "columns": {"auc": "quality.metrics.0.metrics.auc"},
+        "runs": [{"name": "small"}],
+        "grid": {"steps": [3, 8]},
+        "compare": "quality",
+        "baseline": "small",
+    }
+    file = tmp_path / "ladders.yaml"
+    file.write_text(yaml.safe_dump(content))
+    done = run("experiment", file, "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.err
+    table = pl.read_parquet(tmp_path / "out" / "results.parquet")
+    assert table["steps"].to_list() == [3, 8]
+    taken = [
+        json.loads(path.read_text())["rungs"][1]["steps"]
+        for path in (tmp_path / "out").glob("steps/*/out/ladder.json")
+    ]
+    assert sorted(taken) == [3, 8]
 
 
 @pytest.mark.parametrize("file", sorted(EXPERIMENTS.glob("*.yaml")), ids=lambda path: path.stem)

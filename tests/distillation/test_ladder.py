@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,43 @@ def test_a_rung_that_is_described_otherwise_is_refused(folder: Path, climbed: Pa
     fault = "2-middle holds a rung that was described otherwise: size; choose a new folder"
     with pytest.raises(TrainingError, match=fault):
         run_ladder(read_ladder(path), climbed / "out")
+
+
+def test_settings_change_what_the_file_says(folder: Path, tmp_path: Path) -> None:
+    path = write_ladder(folder, tmp_path)
+    changed = read_ladder(
+        path,
+        [
+            *("seed=3", "train.learning_rate=1e-3", "data=[other.jsonl, /more.jsonl]"),
+            *("rungs.small.size=0.16m", "rungs.small.train.epochs=5"),
+        ],
+    )
+    assert changed.seed == 3
+    assert changed.train["learning_rate"] == 1e-3
+    assert changed.data == (tmp_path / "other.jsonl", Path("/more.jsonl"))
+    plain = read_ladder(path)
+    assert changed.rungs[:2] == plain.rungs[:2]
+    assert changed.rungs[2] == replace(plain.rungs[2], size="0.16m", train={"epochs": 5})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["seed"], "set: should be KEY=VALUE, is 'seed'"),
+        (["seed=1", "seed=2"], "set: should name seed once"),
+        (["rungs.tiny.size=1m"], "'tiny' should be one of large, middle, small"),
+        (["rungs.small=1m"], "set: rungs.small: should name a field"),
+        (["store.place=x"], "should"),
+        (["data=[x"], "with a value in YAML"),
+        (["colour=red"], "colour: unknown field"),
+        (["rungs.small.size=7b"], "size: should be one of"),
+    ],
+)
+def test_settings_that_do_not_fit_are_named(
+    folder: Path, tmp_path: Path, settings: list[str], message: str
+) -> None:
+    with pytest.raises(TrainingError, match=message):
+        read_ladder(write_ladder(folder, tmp_path), settings)
 
 
 def test_a_rung_that_never_began_may_be_mended(
