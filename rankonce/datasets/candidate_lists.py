@@ -114,7 +114,7 @@ def query_lists(
 
 
 def impression_lists(
-    dataset: Dataset, *, split: str | None = None, max_history: int = 100
+    dataset: Dataset, *, split: str | None = None, max_history: int | None = 100
 ) -> Iterator[CandidateList]:
     """Make a list of each impression, in the order of the file's members and of time.
 
@@ -124,7 +124,7 @@ def impression_lists(
 
     Args:
         split: take the impressions of this part only, by the name of the folder that it lay in.
-        max_history: the newest clicks that a request carries beside the source.
+        max_history: the newest clicks that a request carries beside the source; ``None`` is all.
 
     Raises:
         DataError: the dataset has no events.
@@ -152,7 +152,7 @@ def _lists_of_member(
     fields: Mapping[str, Mapping[str, Value]],
     number: int,
     split: str | None,
-    max_history: int,
+    max_history: int | None,
 ) -> Iterator[CandidateList]:
     dated = events.filter(pl.col("time").is_not_null())
     if not dated.height:
@@ -182,6 +182,7 @@ def _lists_of_member(
         if not past or not pairs:
             continue
         *earlier, (source, _) = past
+        told = earlier if max_history is None else earlier[max(0, len(earlier) - max_history) :]
         profile: dict[str, Value] = {"source_title": fields[source]["title"]}
         if "genres" in fields[source]:
             profile["source_genres"] = fields[source]["genres"]
@@ -193,7 +194,7 @@ def _lists_of_member(
                 profile=profile,
                 history=tuple(
                     Event(item=Item(id=item, fields=fields[item]), action="clicked", time=when)
-                    for item, when in earlier[max(0, len(earlier) - max_history) :]
+                    for item, when in told
                 ),
                 candidates=tuple(Item(id=item, fields=fields[item]) for item, _ in pairs),
             ),

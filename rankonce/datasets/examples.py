@@ -15,7 +15,11 @@ import polars as pl
 
 from rankonce.datasets.candidate_lists import impression_lists, query_lists
 from rankonce.datasets.common_form import Dataset
-from rankonce.datasets.domains.films import FILM_TASKS, film_examples_by_member
+from rankonce.datasets.domains.films import (
+    FILM_TASKS,
+    MAX_EVENTS,
+    film_examples_by_member,
+)
 from rankonce.datasets.movielens import MovieRows, read_films
 from rankonce.datasets.rating_examples import (
     RATING_TASKS,
@@ -55,7 +59,11 @@ def make_examples_by_member(
             return _shown_examples(dataset, config)
         if task in FILM_TASKS:
             films = film_examples_by_member(
-                task, dataset.folder, seed=config.seed, max_members=config.max_members
+                task,
+                dataset.folder,
+                seed=config.seed,
+                max_members=config.max_members,
+                max_events=MAX_EVENTS if config.max_history is not None else None,
             )
             return ((str(member), example) for member, example in films)
         if task in RATING_TASKS:

@@ -10,7 +10,7 @@ ratings of all members.
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -40,7 +40,8 @@ class ExampleConfig:
         candidates_per_example: at most, where the data do not say what was shown.
         max_members: take the first members of the data only, which are no special ones; their
             statistics still count everybody.
-        max_history: the newest events that a request carries; the task may keep fewer.
+        max_history: the newest events that a request carries, ``None`` is all of them; the task
+            may keep fewer.
         passed_over_per_like: items drawn beside each liked one where nothing says what was shown.
         co_likes: also say of films what others liked together, which takes the histories of all
             members: too much for large sets.
@@ -49,7 +50,7 @@ class ExampleConfig:
 
     candidates_per_example: int = 24
     max_members: int | None = None
-    max_history: int = 100
+    max_history: int | None = 100
     passed_over_per_like: int = 4
     co_likes: bool = False
     seed: int = 0
@@ -189,11 +190,16 @@ def _rating_examples(
             task="movie-rating",
             time=float(now),
             profile=profile,
-            history=tuple(events[max(start, before - config.max_history) : before]),
+            history=newest(events[start:before], config.max_history),
             candidates=candidates,
         )
         labels = tuple(str(_whole_stars(int(halves[row]))) for row in range(first, end))
         yield int(users[first]), TrainingExample(request=request, labels=labels)
+
+
+def newest(events: Sequence[Event], count: int | None) -> tuple[Event, ...]:
+    """Take the newest of events that stand in the order of time, all of them for ``None``."""
+    return tuple(events if count is None else events[max(0, len(events) - count) :])
 
 
 def _popularity(ratings: Ratings, items: Ints, moments: Ints) -> tuple[Ints, Floats]:
@@ -249,7 +255,7 @@ def _similar_examples(
             task="similar-item",
             time=float(now),
             profile={f"source_{name}": value for name, value in fields.items()},
-            history=tuple(events[max(0, source - config.max_history) : source]),
+            history=newest(events[:source], config.max_history),
             candidates=tuple(map(ratings.item, candidates)),
         )
         answers = tuple("Yes" if label else "No" for label in labels)

@@ -149,21 +149,20 @@ def _write_all_events(task: Task) -> Task:
 
 def _keep_events(task: Task, requests: TaskRequests, *, count: int | None) -> list[ScoreRequest]:
     """Keep the newest events; of equal times the later entries are newer."""
-    asked = [one.example.request for one in requests.later]
     if task.history is None:
         raise InapplicableArmError("the task has no history")
-    if not any(request.history for request in asked):
+    if not any(one.whole_history for one in requests.later):
         raise InapplicableArmError("no request has a history")
     return [
-        replace(request, history=newest_events(request.history, count))
-        if count is not None and len(request.history) > count
-        else request
-        for request in asked
+        replace(one.example.request, history=newest_events(one.whole_history, count))
+        for one in requests.later
     ]
 
 
-def newest_events(events: Sequence[Event], count: int) -> tuple[Event, ...]:
-    """Take the newest events, in their own order."""
+def newest_events(events: Sequence[Event], count: int | None) -> tuple[Event, ...]:
+    """Take the newest events, in their own order; all of them for ``None``."""
+    if count is None:
+        return tuple(events)
     order = sorted(range(len(events)), key=lambda place: (events[place].time, place))
     return tuple(events[place] for place in sorted(order[len(order) - count :]))
 

@@ -7,20 +7,21 @@ what was known by then: in-context examples and the popularity baseline come fro
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 
 from rankonce.datasets.common_form import MANIFEST, Dataset, open_dataset
-from rankonce.datasets.domains import SIMULATED, TASK_SOURCES
+from rankonce.datasets.domains import SIMULATED, TASK_SOURCES, films, platform
 from rankonce.datasets.domains.films import film_examples_by_member
 from rankonce.datasets.domains.platform import Domain, Platform, build_platform
 from rankonce.datasets.examples import make_examples_by_member
+from rankonce.datasets.rating_examples import ExampleConfig, newest
 from rankonce.datasets.sources import find_adapter, prepare_dataset
 from rankonce.errors import DataError
-from rankonce.records import TrainingExample
+from rankonce.records import Event, TrainingExample
 
 # The part of the time that the simulator calls test.
 _SIMULATED_TEST_SHARE = 0.15
@@ -34,6 +35,8 @@ class SuiteRequest:
 
     Attributes:
         member: whose rows are drawn together by the bootstrap.
+        history: all that the data hold of what the member did before, in the order of time; the
+            request may carry less. ``None`` where it carries everything.
         truth: for every candidate the exact probability of each label, where a simulator knows it.
         is_new_member: the data hold nothing of the member before, where that is known.
         new_candidates: the same for every candidate.
@@ -41,9 +44,15 @@ class SuiteRequest:
 
     example: TrainingExample
     member: str
+    history: tuple[Event, ...] | None = None
     truth: tuple[Mapping[str, float], ...] | None = None
     is_new_member: bool | None = None
     new_candidates: tuple[bool, ...] | None = None
+
+    @property
+    def whole_history(self) -> tuple[Event, ...]:
+        """Everything that the member did before."""
+        return self.example.request.history if self.history is None else self.history
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,11 +205,13 @@ def _load_simulated(
     # the examples and the popularity of earlier requests can do with.
     wanted = max(300, math.ceil(1.5 * (cut.limit or _MOST_SIMULATED) / _SIMULATED_TEST_SHARE))
     parts: dict[str, list[SuiteRequest]] = {"train": [], "valid": [], "test": []}
-    for one in platform_of(domain).examples(task, min(_MOST_SIMULATED, wanted)):
+    made = platform_of(domain).examples(task, min(_MOST_SIMULATED, wanted), max_events=None)
+    for one in made:
         request_id = str(one.example.request.id)
         parts[one.split].append(
             SuiteRequest(
-                example=one.example,
+                example=_as_asked(one.example, platform.MAX_EVENTS),
+                history=one.example.request.history,
                 member=request_id if one.member < 0 else str(one.member),
                 truth=one.truth,
                 is_new_member=one.cold_member,
@@ -212,8 +223,15 @@ def _load_simulated(
 
 
 def _load_films(task: str, folder: Path, cut: TimeCut, seed: int) -> TaskRequests:
-    made = list(film_examples_by_member(task, folder, seed=seed))
-    requests = [SuiteRequest(example=example, member=str(user)) for user, example in made]
+    made = film_examples_by_member(task, folder, seed=seed, max_events=None)
+    requests = [
+        SuiteRequest(
+            example=_as_asked(example, films.MAX_EVENTS),
+            history=example.request.history,
+            member=str(user),
+        )
+        for user, example in made
+    ]
     return cut.cut(requests, "MovieLens latest-small")
 
 
@@ -224,6 +242,20 @@ def _load_cranfield(folder: Path, cut: TimeCut) -> TaskRequests:
 
 
 def _load_dataset(dataset: Dataset, task: str, cut: TimeCut) -> TaskRequests:
-    made = make_examples_by_member(dataset, task)
-    requests = [SuiteRequest(example=example, member=member) for member, example in made]
+    most = ExampleConfig().max_history
+    made = make_examples_by_member(dataset, task, ExampleConfig(max_history=None))
+    requests = [
+        SuiteRequest(
+            example=_as_asked(example, films.MAX_EVENTS if task in films.FILM_TASKS else most),
+            history=example.request.history,
+            member=member,
+        )
+        for member, example in made
+    ]
     return cut.cut(requests, dataset.name)
+
+
+def _as_asked(example: TrainingExample, max_events: int | None) -> TrainingExample:
+    """Carry as many events as the requests of recipes do."""
+    request = example.request
+    return replace(example, request=replace(request, history=newest(request.history, max_events)))

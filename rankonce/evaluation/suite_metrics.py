@@ -59,7 +59,7 @@ class Rows:
         members_N: names, whose rows the bootstrap draws together.
         requests_N: the number of the row's request.
         places_N: the candidate's place in its request, from 0.
-        histories_N: events in the request's history.
+        histories_N: events that the member had before.
     """
 
     task: Task
@@ -107,7 +107,7 @@ def read_rows(task: Task, requests: Sequence[SuiteRequest]) -> Rows:
                     f"measured, is {label!r} (request {one.example.request.id or number})"
                 )
             code = task.label_names.index(label)
-            length = len(one.example.request.history)
+            length = len(one.whole_history)
             rows.append((code, one.member, number, place, length))
     if not rows:
         raise DataError(f"{task.name}: no candidate has a label")

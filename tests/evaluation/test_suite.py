@@ -350,14 +350,16 @@ def test_a_request_that_an_arm_leaves_alone_is_not_scored_again() -> None:
     scorer = FormulaScorer(lambda request, place: say(task, stable_share(place)))
     config = SuiteConfig(num_resamples=20, examples=(), titles=False, history=(0, 3, 10_000, None))
     report = measure(scorer, "song-next", config=config).tasks[0]
-    lengths = [len(one.example.request.history) for one in data.later]
-    longer = sum(length > 3 for length in lengths) + sum(length > 0 for length in lengths)
-    assert scorer.num_scored == len(lengths) + longer
+    # Requests carry 30 events as they are; the arms know of all.
+    lengths = [len(one.whole_history) for one in data.later]
+    assert max(lengths) > 100
+    longer = [sum(length > kept for length in lengths) for kept in (0, 3, 30, 30)]
+    assert scorer.num_scored == len(lengths) + sum(longer)
     kept = {arm.name: arm.events_kept for arm in report.arms}
     assert kept["0 events"] == 0
     assert kept["3 events"] == pytest.approx(np.mean([min(3, length) for length in lengths]))
-    assert kept["10000 events"] == kept["all events"] == kept[BASE]
-    assert kept[BASE] == pytest.approx(np.mean(lengths))
+    assert kept["10000 events"] == kept["all events"] == pytest.approx(np.mean(lengths))
+    assert kept[BASE] == pytest.approx(np.mean([min(30, length) for length in lengths]))
 
 
 @pytest.mark.parametrize("name", ["song-next", "song-release", "post-like"])
@@ -367,8 +369,12 @@ def test_as_many_events_stand_in_the_prompt_as_an_arm_says(
     """Whatever the policies take: the 6 newest, 14 like the candidates, 24 of all actions."""
     ranker = Ranker(load_random("qwen3"))
     data = requests_of(name)
-    data = replace(data, later=data.later[:4])
-    lengths = np.array([len(one.example.request.history) for one in data.later])
+    # Of 60 events at the most, lest the prompts be long.
+    some = [one for one in data.later if len(one.whole_history) > 40][:3]
+    some = [replace(one, history=one.whole_history[-60:]) for one in some]
+    data = replace(data, later=tuple(some))
+    lengths = np.array([len(one.whole_history) for one in data.later])
+    assert lengths.max() > 40
     config = SuiteConfig(num_resamples=20, examples=(), titles=False, history=(2, 40, None))
     report = measure(ranker, loaders={name: lambda: data}, config=config).tasks[0]
     kept = {arm.name: arm.events_kept for arm in report.arms}

@@ -37,7 +37,8 @@ from rankonce.records import Event, Item, ScoreRequest, TrainingExample, Value
 _LIKE, _DISLIKE = 4.0, 2.0
 _STRENGTH = 4.0
 _CANDIDATES = 10
-_MAX_EVENTS = 40
+# The newest events that a request carries.
+MAX_EVENTS = 40
 _NAMED = 3
 # With fewer raters than this a film counts as new.
 _FEW_RATERS = 5
@@ -147,18 +148,25 @@ def film_examples(task: str, folder: Path, *, seed: int = 0) -> Iterator[Trainin
 
 
 def film_examples_by_member(
-    task: str, folder: Path, *, seed: int = 0, max_members: int | None = None
+    task: str,
+    folder: Path,
+    *,
+    seed: int = 0,
+    max_members: int | None = None,
+    max_events: int | None = MAX_EVENTS,
 ) -> Iterator[tuple[int, TrainingExample]]:
     """Make the examples of ``film_examples``, each with the user_id of its member.
 
     Args:
         max_members: make those of the first members alone.
+        max_events: newest events of the member in each request; ``None`` is all of them, of
+            ``movie-like`` the newest 60.
     """
     if task in RATING_TASKS:
         config = ExampleConfig(
             candidates_per_example=_CANDIDATES,
             max_members=max_members,
-            max_history=_MAX_EVENTS,
+            max_history=max_events,
             co_likes=True,
             seed=seed,
         )
@@ -180,7 +188,7 @@ def film_examples_by_member(
             id=f"{task}-{number}",
             time=float(one.time),
             profile={**one.profile, **_pick(made.profile, numbers, rows[0])},
-            history=_history(data, one, made, items),
+            history=_history(data, one, made, items, max_events),
             candidates=tuple(
                 Item(
                     id=str(film),
@@ -253,7 +261,11 @@ def _film_age(film: Mapping[str, Value], time: int) -> float | None:
 
 
 def _history(
-    data: FilmData, one: Asked, made: FilmTask, items: Mapping[int, Item]
+    data: FilmData,
+    one: Asked,
+    made: FilmTask,
+    items: Mapping[int, Item],
+    max_events: int | None,
 ) -> tuple[Event, ...]:
     if made.action is None:
         return ()
@@ -264,7 +276,7 @@ def _history(
     )
     events = [
         Event(item=items[film], action=word, time=float(time))
-        for film, word, time in islice(told, _MAX_EVENTS)
+        for film, word, time in islice(told, max_events)
     ]
     return tuple(events[::-1])
 

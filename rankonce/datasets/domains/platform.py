@@ -29,7 +29,8 @@ from rankonce.records import Event, Item, ScoreRequest, TrainingExample, Value
 Fields = dict[str, Value]
 # A share counts as if this many rows of the average had come before.
 _STRENGTH = 4.0
-_MAX_EVENTS = 30
+# The newest events that a request carries.
+MAX_EVENTS = 30
 
 
 def names(*same: str, **other: str) -> dict[str, str]:
@@ -131,8 +132,14 @@ class Platform:
         scene = surface.draw(self.world, task, count)
         return act(self.world, task, scene, surface.outcome)
 
-    def examples(self, task: str, count: int = 500) -> Iterator[SimulatedExample]:
-        """Make the examples of a task, in the order of time."""
+    def examples(
+        self, task: str, count: int = 500, *, max_events: int | None = MAX_EVENTS
+    ) -> Iterator[SimulatedExample]:
+        """Make the examples of a task, in the order of time.
+
+        Args:
+            max_events: newest events of the member in each request; ``None`` is all of them.
+        """
         surface = self.domain.surfaces[task]
         impressions = self.impressions(task, count)
         scene = impressions.scene
@@ -166,7 +173,7 @@ class Platform:
                 id=f"{task}-{row}",
                 time=float(time),
                 profile=profile,
-                history=histories.before(member, time),
+                history=histories.before(member, time, max_events),
                 candidates=items,
             )
             yield SimulatedExample(
@@ -322,11 +329,11 @@ class _Histories:
             item = items[scene.candidates_RC[row, place]]
             events.append(Event(item=item, action=action, time=float(time)))
 
-    def before(self, member: int, time: int) -> tuple[Event, ...]:
+    def before(self, member: int, time: int, max_events: int | None) -> tuple[Event, ...]:
         """The newest events strictly before a moment, oldest first."""
         times, events = self._events.get(member, ([], []))
         end = int(np.searchsorted(times, time)) if times else 0
-        return tuple(events[max(0, end - _MAX_EVENTS) : end])
+        return tuple(events[0 if max_events is None else max(0, end - max_events) : end])
 
 
 def build_platform(domain: Domain, config: SimulatorConfig | None = None) -> Platform:
