@@ -49,7 +49,10 @@ def write_suite(out: Path, report: SuiteReport) -> None:
     out.mkdir(parents=True, exist_ok=True)
     record = {**_plain(asdict(report)), "environment": environment}
     (out / "suite.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
-    long_table(report).write_parquet(out / "suite.parquet")
+    known = {name: record[name] for name in ("model", "trained_on", "config", "environment")}
+    long_table(report).write_parquet(
+        out / "suite.parquet", metadata={"suite": json.dumps(known, allow_nan=False)}
+    )
     (out / "report.html").write_text(render_page(report, environment), encoding="utf-8")
 
 

@@ -2,8 +2,8 @@
 
 Every function takes the events that are known and R questions, a member and an item at a moment,
 and looks at strictly earlier events only ("prequential": A. P. Dawid, 1984): neither the answer to
-a question nor anything of the same second can reach it. ``prompts.spelling`` makes words of the
-numbers.
+a question nor anything of the same second can reach it. Histories that questions bring are taken as
+they are given. ``prompts.spelling`` makes words of the numbers.
 """
 
 from collections.abc import Mapping, Sequence

@@ -156,4 +156,5 @@ def catalogue_source(
         epoch,
         tasks=tasks,
         fingerprint={f"{folder.name}/{name}": digest for name, digest in digests.items()},
+        settings={"times": _TIMES, "candidates_per_example": _CANDIDATES},
     )

@@ -108,6 +108,13 @@ def load_ml1m(
         valid=list(movie_examples(held_out, candidates_per_example=_CANDIDATES)),
         split=parts.tables(),
         fingerprint=fingerprint_files(parts.files),
+        settings={
+            "first_share_left_out": _FIRST_SHARE,
+            "candidates_per_example": _CANDIDATES,
+            "unrated_per_row": _UNRATED_PER_ROW,
+            "newcomers": _NEWCOMERS,
+            "catalogue_reminders": 0 if catalogue is None else _REMINDERS,
+        },
     )
 
 

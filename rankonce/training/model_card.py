@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 
@@ -37,14 +38,17 @@ def write_model_card(out: Path, stages: Sequence[Path], *, tasks: Sequence[str])
         "",
         "## Stages",
         "",
-        "| stage | steps | minutes | targets a step | learning rate | data |",
-        "| --- | ---: | ---: | ---: | ---: | --- |",
+        "| stage | steps | minutes | tokens/s | FLOP utilisation | targets a step | learning rate "
+        "| data |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
     for folder in stages:
         record = json.loads((folder / "run.json").read_text())
         settings = record["config"]
         lines.append(
             f"| {folder.name} | {record['finished']['steps']} | {record['finished']['minutes']:g} "
+            f"| {_median(folder, 'tokens_per_s', ',.0f')} "
+            f"| {_median(folder, 'flop_utilisation', '.0%')} "
             f"| {settings['targets_per_step']} | {settings['learning_rate']:g} "
             f"| {', '.join(sorted(record['data']))} |"
         )
@@ -77,6 +81,13 @@ def _describe_weights(out: Path, run: dict[str, Any]) -> str:
         f"Architecture: {config['model_type']}, {config['num_hidden_layers']} layers of "
         f"{config['hidden_size']}, vocabulary {config['vocab_size']}."
     )
+
+
+def _median(folder: Path, name: str, form: str) -> str:
+    """The median over a stage's steps of what ``metrics.jsonl`` says of each."""
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    found = [row[name] for row in rows if row.get(name) is not None]
+    return format(median(found), form) if found else "–"
 
 
 def _table(name: str, measured: dict[str, dict[str, Any]]) -> list[str]:

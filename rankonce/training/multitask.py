@@ -64,7 +64,13 @@ def load_multitask(folder: Path, config: TrainConfig, tasks: Tasks) -> StageSour
     def epoch(number: int) -> Iterable[TrainingExample]:
         return mix_tasks(rows, temperature=1, seed=config.seed + number)
 
-    return label_source(epoch, tasks=tasks, valid=valid, fingerprint=_fingerprint(folder, rows))
+    return label_source(
+        epoch,
+        tasks=tasks,
+        valid=valid,
+        fingerprint=_fingerprint(folder, rows),
+        settings={"unseen_tasks": list(UNSEEN_TASKS), "requests_a_task": _NUM_REQUESTS},
+    )
 
 
 def _read_requests(

@@ -32,6 +32,7 @@ _NEWCOMERS = 0.2
 # Of every member's rows, the newest.
 HELD_OUT_SHARE = 0.1
 _PASSED_OVER_PER_LIKE = 1
+_CANDIDATES = 48
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,16 +277,24 @@ def _load_ml_small(folder: Path, config: TrainConfig, tasks: Tasks) -> StageSour
         rows = add_passed_over(train_rows, train_rows, per_like=_PASSED_OVER_PER_LIKE, seed=seed)
         rows = hide_members(rows, share=_NEWCOMERS, seed=seed)
         movies = movie_rows(rows, items, train=train_rows)
-        return movie_examples(movies, candidates_per_example=48, seed=seed)
+        return movie_examples(movies, candidates_per_example=_CANDIDATES, seed=seed)
 
     held_out = add_passed_over(valid_rows, ratings, per_like=_PASSED_OVER_PER_LIKE, seed=0)
     return label_source(
         epoch,
         tasks=tasks,
         valid=list(
-            movie_examples(movie_rows(held_out, items, train=train_rows), candidates_per_example=48)
+            movie_examples(
+                movie_rows(held_out, items, train=train_rows), candidates_per_example=_CANDIDATES
+            )
         ),
         split={"train": train_rows, "valid": held_out, "items": items},
+        settings={
+            "held_out_share": HELD_OUT_SHARE,
+            "candidates_per_example": _CANDIDATES,
+            "passed_over_per_like": _PASSED_OVER_PER_LIKE,
+            "newcomers": _NEWCOMERS,
+        },
         fingerprint=fingerprint_files(files_of(folder)),
     )
 

@@ -102,12 +102,14 @@ def label_source(
     objective: Objective[Any] | None = None,
     fingerprint: Mapping[str, Any],
     split: Mapping[str, pl.DataFrame] | None = None,
+    settings: Mapping[str, Any] | None = None,
     style_seed: int | None = None,
 ) -> StageSource:
     """Make the source of a stage that learns labels at score rows.
 
     Args:
         epoch: the examples of an epoch.
+        settings: of how they are made, for the record; a resumed run must have the same.
         tasks: by name, those of the examples among them.
         losses: weights of losses of the table; cross-entropy alone by default.
         objective: takes the place of the losses.
@@ -153,7 +155,7 @@ def label_source(
         split=split or {},
         examples=epoch,
         style_seed=style_seed,
-        objective={"labels": repr(learnt)},
+        objective={"labels": repr(learnt), **(settings or {})},
     )
 
 

@@ -82,7 +82,11 @@ def test_a_recipe_trains_a_checkpoint_that_is_measured_beside_baselines(
     record = json.loads((out / "run.json").read_text())
     assert record["run"] == "ml1m"
     assert record["config"]["finetune"]["epochs"] == 2
-    assert "# ml1m" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert "# ml1m" in card
+    (row,) = (line for line in card.splitlines() if line.startswith("| 1-finetune |"))
+    assert float(row.split("|")[4].replace(",", "")) > 100  # tokens a second
+    assert record["objective"]["finetune"]["unrated_per_row"] == 2
     assert set(record["data"]) == {"train.parquet", "valid.parquet", "items.parquet"}
     assert record["environments"][0]["commit"]
 
