@@ -23,7 +23,15 @@ from rankonce.datasets.simulator import (
     split_of,
 )
 from rankonce.datasets.statistics import statistics_from
-from rankonce.prompts.features import Floats, Ints, smoothed_share
+from rankonce.prompts.features import (
+    Floats,
+    Ints,
+    PastEvents,
+    Questions,
+    recency,
+    smoothed_share,
+    standing_percentile,
+)
 from rankonce.records import Event, Item, ScoreRequest, TrainingExample, Value
 
 Fields = dict[str, Value]
@@ -254,12 +262,14 @@ class Platform:
 
     def _since_last_visit(self, scene: Scene) -> Floats:
         log = self.log.scene
-        stride = self.world.end + 1
-        visits = np.sort(log.members_R * stride + log.times_R)
-        asked = scene.members_R * stride + scene.times_R
-        last = visits[np.maximum(np.searchsorted(visits, asked) - 1, 0)]
-        known = (last // stride == scene.members_R) & (last < asked)
-        return np.where(known, (asked - last).astype(np.float64), np.nan)
+        visits = PastEvents(
+            members=log.members_R,
+            items=log.members_R,
+            moments=log.times_R,
+            likes=np.ones_like(log.times_R),
+        )
+        asked = Questions(members=scene.members_R, items=scene.members_R, moments=scene.times_R)
+        return recency(visits, asked)
 
     def _candidate_columns(self, surface: Surface, scene: Scene) -> dict[str, Floats]:
         shape = scene.candidates_RC.shape
@@ -285,26 +295,34 @@ class Platform:
             "times_shown": shown,
             "times_taken": column["item_likes"],
             "taken_share": np.where(shown > 0, share, np.nan),
-            "percentile": self._percentiles(scene.times_R)[
-                np.arange(shape[0])[:, None], scene.candidates_RC
-            ],
+            "percentile": self._percentiles(scene),
             "member_share": np.where(kind > 0, own, np.nan),
         }
 
-    def _percentiles(self, times_R: Ints) -> Floats:
-        """Popularity of every item at the beginning of each request's day, R x N."""
-        config, log = self.world.config, self.log.scene
-        days = np.repeat((log.times_R - config.start) // DAY, log.candidates_RC.shape[1])
-        addresses = days * config.num_items + log.candidates_RC.ravel()
-        counts = np.bincount(addresses, minlength=config.days * config.num_items)
-        until = np.cumsum(counts.reshape(config.days, config.num_items), axis=0) - counts.reshape(
-            config.days, config.num_items
+    def _percentiles(self, scene: Scene) -> Floats:
+        """Popularity of every candidate when the day of its request began, R x C."""
+        log, shape = self.log.scene, scene.candidates_RC.shape
+        # The platform's days begin with it.
+        start = self.world.config.start
+
+        def flat(numbers_R: Ints, count: int) -> Ints:
+            return np.repeat(numbers_R, count)
+
+        shown = PastEvents(
+            members=flat(log.members_R, log.candidates_RC.shape[1]),
+            items=log.candidates_RC.ravel(),
+            moments=flat(log.times_R - start, log.candidates_RC.shape[1]),
+            likes=np.ones(log.candidates_RC.size, dtype=np.int64),
         )
-        shares = np.stack(
-            [np.searchsorted(np.sort(day), day) * 100.0 / config.num_items for day in until]
+        asked = Questions(
+            members=flat(scene.members_R, shape[1]),
+            items=scene.candidates_RC.ravel(),
+            moments=flat(scene.times_R - start, shape[1]),
         )
-        ranks: Floats = shares[(times_R - config.start) // DAY]
-        return ranks
+        num_items = self.world.config.num_items
+        ranks = standing_percentile(shown, asked, num_items=num_items, period_s=DAY)
+        # On the first day nothing had been shown.
+        return np.nan_to_num(ranks).reshape(shape)
 
 
 class _Histories:
