@@ -122,7 +122,7 @@ def test_a_missing_file_is_an_error_not_a_traceback(
     assert main([f"--tokens={tmp_path / 'none.jsonl'}", output, "--device=cpu"]) == 1
     assert "none.jsonl: cannot be read" in capsys.readouterr().err
     assert main([f"--ml-small={tmp_path / 'none'}", output, "--device=cpu"]) == 1
-    assert "ratings.parquet: cannot be read as Parquet" in capsys.readouterr().err
+    assert "has no ratings.parquet; or be made by" in capsys.readouterr().err
 
 
 def test_ml_small_gives_the_same_members_every_time(tmp_path: Path) -> None:
