@@ -50,7 +50,7 @@ class ArmReport:
 
     Attributes:
         family, size: examples, history or titles and its number, which is ``None`` for all
-            events; both are for the requests as they are.
+            events; both are ``None`` for the requests as they are.
         left_out: why there is no number; empty where there is one.
         metrics: of the ranker, by name.
         difference: of the main metric from the requests as they are, on the same rows.
