@@ -56,7 +56,7 @@ def load_questions(folder: Path, config: TrainConfig, tasks: Tasks) -> StageSour
 
 
 def load_multitask(folder: Path, config: TrainConfig, tasks: Tasks) -> StageSource:
-    """Read the requests of all tasks but those of ``UNSEEN_TASKS``."""
+    """Read the requests of all tasks but those of ``UNSEEN_TASKS``, each in a wording at random."""
     requests = _read_requests(folder, config.seed)
     rows = [one for early, _ in requests.values() for one in early]
     valid = [one for _, late in requests.values() for one in late]
@@ -70,6 +70,7 @@ def load_multitask(folder: Path, config: TrainConfig, tasks: Tasks) -> StageSour
         valid=valid,
         fingerprint=_fingerprint(folder, rows),
         settings={"unseen_tasks": list(UNSEEN_TASKS), "requests_a_task": _NUM_REQUESTS},
+        style_seed=config.seed,
     )
 
 

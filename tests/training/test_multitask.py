@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -113,3 +113,25 @@ def test_the_recipe_runs_its_three_stages(films: Path, tmp_path: Path) -> None:
     ].quantile(0.85, "nearest")
     for stage in ("1-pretrain", "2-instruct", "3-finetune"):
         assert (tmp_path / "run" / "stages" / stage / "metrics.jsonl").exists()
+
+
+def test_requests_are_learnt_in_several_wordings_and_measured_in_one(films: Path) -> None:
+    source = load_multitask(films, TrainConfig(epochs=2), library_tasks())
+    assert source.examples is not None
+    tokenizer = build_tokenizer()
+    renderer = Renderer(TextEncoder(tokenizer, chat=False), max_prompt_tokens=4096)
+    data = source.open(renderer)
+
+    def own_wording(examples: Iterable[TrainingExample], units: Iterable[Any]) -> list[bool]:
+        instructions = {task.name: task.instruction for task in source.tasks}
+        return [
+            instructions[example.request.task] in tokenizer.decode(list(unit.tokens.prefix_ids))
+            for example, unit in zip(examples, units, strict=True)
+        ]
+
+    first, second = (own_wording(source.examples(n), data.units(n)) for n in range(2))
+    share = sum(first) / len(first)
+    assert 0.25 < share < 0.75
+    assert first != second
+    assert data.valid is not None
+    assert all(own_wording(source.valid, data.valid()))

@@ -21,6 +21,7 @@ from rankonce.training.stages import finetune_source
 
 NAME = "movie-rating"
 TASK = library_tasks()[NAME]
+ONE_WORDING = TASK.model_copy(update={"styles": {}})
 
 
 @pytest.fixture(scope="module")
@@ -73,13 +74,11 @@ def test_without_styles_and_for_valid_examples_the_own_wording_is_read(
     assert plain.fingerprint != styled.fingerprint
 
 
-def test_styles_of_tasks_that_have_none_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "examples.jsonl"
-    request = {"task": "similar-item", **example_request(library_tasks()["similar-item"])}
-    path.write_text(json.dumps({**request, "labels": ["Yes"] * len(request["candidates"])}) + "\n")
-    finetune_source([path], TrainConfig(), library_tasks())
-    with pytest.raises(DataError, match="styles: should be left out: similar-item has no"):
-        finetune_source([path], TrainConfig(), library_tasks(), styles=True)
+def test_styles_of_tasks_that_have_none_are_refused(examples: Path) -> None:
+    tasks = {NAME: ONE_WORDING}
+    finetune_source([examples], TrainConfig(), tasks)
+    with pytest.raises(DataError, match="styles: should be left out: movie-rating has no"):
+        finetune_source([examples], TrainConfig(), tasks, styles=True)
 
 
 def test_a_tokenizer_is_trained_on_the_wordings_that_are_read(
@@ -91,12 +90,10 @@ def test_a_tokenizer_is_trained_on_the_wordings_that_are_read(
 
 
 def test_a_task_without_styles_keeps_its_wording(renderer: Renderer) -> None:
-    task = library_tasks()["similar-item"]
-    assert not task.styles
-    request = read_request(example_request(task))
-    rows = [TrainingExample(request=request, labels=("Yes", "No"))] * 5
-    units = tokenize_examples(rows, renderer, library_tasks(), style_seed=3)
-    assert {unit.tokens for unit in units} == {renderer.render(task, request).tokens}
+    request = read_request(example_request(TASK))
+    rows = [TrainingExample(request=request, labels=("4", None))] * 9
+    units = tokenize_examples(rows, renderer, {NAME: ONE_WORDING}, style_seed=3)
+    assert {unit.tokens for unit in units} == {renderer.render(TASK, request).tokens}
 
 
 def test_scoring_always_reads_the_own_wording(

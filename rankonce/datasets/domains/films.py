@@ -31,7 +31,13 @@ from rankonce.datasets.rating_examples import (
     rating_examples,
 )
 from rankonce.datasets.statistics import read_past, read_questions, statistics_from
-from rankonce.prompts.features import YEAR, smoothed_share, standing_percentile
+from rankonce.prompts.features import (
+    YEAR,
+    Floats,
+    popularity_percentile,
+    smoothed_share,
+    standing_percentile,
+)
 from rankonce.records import Event, Item, ScoreRequest, TrainingExample, Value
 
 _LIKE, _DISLIKE = 4.0, 2.0
@@ -236,9 +242,8 @@ def _numbers(data: FilmData, asked: Sequence[Asked]) -> dict[str, list[Any]]:
         prior = past["global_share"].to_numpy()
         share = smoothed_share(likes, count, prior=prior, strength=_STRENGTH)
         shares[of] = [s if c else None for s, c in zip(share.tolist(), count.tolist(), strict=True)]
-    percentiles = standing_percentile(
-        read_past(data.likes), read_questions(rows), num_items=len(data.films), period_s=YEAR
-    )
+    known, questions = read_past(data.likes), read_questions(rows)
+    standing = standing_percentile(known, questions, num_items=len(data.films), period_s=YEAR)
     means = [
         mean for one in asked for mean in [data.mean_before(one.user, one.time)] * len(one.films)
     ]
@@ -249,9 +254,14 @@ def _numbers(data: FilmData, asked: Sequence[Asked]) -> dict[str, list[Any]]:
         "member_like_share": shares["user"],
         "genre_like_share": shares["user_genre"],
         "mean_rating": means,
-        "percentile": [None if np.isnan(one) else one for one in percentiles.tolist()],
+        "percentile": _known(standing),
+        "last_year": _known(popularity_percentile(known, questions, period_s=YEAR)),
         "film_age": [_film_age(data.films[film], time) for _, film, time in flat],
     }
+
+
+def _known(numbers: Floats) -> list[float | None]:
+    return [None if np.isnan(one) else one for one in numbers.tolist()]
 
 
 def _film_age(film: Mapping[str, Value], time: int) -> float | None:
@@ -379,7 +389,11 @@ FILM_TASKS: Mapping[str, FilmTask] = {
     ),
     "movie-next": FilmTask(
         ask=_next_film,
-        candidate={"popularity": "percentile", "released": "film_age"},
+        candidate={
+            "popularity": "percentile",
+            "lately": "last_year",
+            "released": "film_age",
+        },
         profile={"num_ratings": "num_ratings"},
         action=lambda rating: "watched",
         event=("title",),
