@@ -185,9 +185,7 @@ def write_run_record(out: Path, record: dict[str, Any], *, writes: bool = True) 
     out.mkdir(parents=True, exist_ok=True)
     if (environment := describe_environment()) not in environments:
         environments.append(environment)
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps({**record, "environments": environments}, indent=2) + "\n")
-    os.replace(unfinished, path)
+    write_json(path, {**record, "environments": environments})
 
 
 def finish_run(out: Path, *, steps: int, seconds: float) -> None:
@@ -200,9 +198,7 @@ def finish_run(out: Path, *, steps: int, seconds: float) -> None:
 
 def write_json(path: Path, content: object) -> None:
     """Write a file whole or not at all, whenever the process is killed."""
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(unfinished, path)
+    _write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
 def trained_tasks(folder: Path) -> tuple[str, ...] | None:
@@ -247,7 +243,13 @@ def cut_metrics(out: Path, last_step: int) -> None:
                     kept.append(line)
             except json.JSONDecodeError:
                 break  # the run was killed in the middle of this line
-        path.write_text("".join(f"{line}\n" for line in kept))
+        _write_whole(path, "".join(f"{line}\n" for line in kept))
+
+
+def _write_whole(path: Path, text: str) -> None:
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(text)
+    os.replace(unfinished, path)
 
 
 def _steps(folder: Path) -> list[int]:
