@@ -10,6 +10,7 @@ from threading import current_thread, main_thread
 from typing import Any
 
 import pytest
+from torch.distributed.checkpoint.api import CheckpointException
 
 from rankonce.records import TrainingExample
 from rankonce.training.runs import run_stages
@@ -88,7 +89,8 @@ def test_a_run_stopped_at_any_write_goes_on_with_the_same_bits(tmp_path: Path) -
             if len(done) > at:
                 raise Stopped
 
-        with watch(stop), pytest.raises(Stopped):
+        # torch wraps what ends its own writes.
+        with watch(stop), pytest.raises((Stopped, CheckpointException), match="Stopped|^$"):
             run(tmp_path, out)
         resumed = run(tmp_path, out)
         assert resumed.keys() == whole.keys()
