@@ -90,7 +90,7 @@ def test_a_run_stopped_at_any_write_goes_on_with_the_same_bits(tmp_path: Path) -
                 raise Stopped
 
         # torch wraps what ends its own writes.
-        with watch(stop), pytest.raises((Stopped, CheckpointException), match="Stopped|^$"):
+        with watch(stop), pytest.raises((Stopped, CheckpointException), match=r"Stopped|^$"):
             run(tmp_path, out)
         resumed = run(tmp_path, out)
         assert resumed.keys() == whole.keys()
