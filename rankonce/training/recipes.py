@@ -154,7 +154,7 @@ def ml1m_alone() -> Recipe:
 
 
 def ml_small() -> Recipe:
-    """MovieLens latest-small with films that members passed over; the embedded ranker begins with it."""
+    """MovieLens latest-small with films passed over; the embedded ranker begins with it."""
     return Recipe(
         name="ml-small",
         description="which films does the member pick and like; MovieLens latest-small",
