@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from rankonce.benchmarks.pruning import PruningStudy, describe_pruning, measure_pruning
-from rankonce.model.sizes import build_model
+from rankonce.ranker import EMBEDDED_MODEL
 from tests.conftest import data_folder
 
 
@@ -20,9 +21,8 @@ def test_every_arm_is_compared_with_the_whole_ranker(tmp_path: Path) -> None:
     )
     record = measure_pruning(study)
     whole, *arms = record["arms"]
-    assert whole["sizes"]["parameters"] == sum(
-        parameter.numel() for parameter in build_model("1m", seed=0).parameters()
-    )
+    embedded = load_file(EMBEDDED_MODEL / "model.safetensors")
+    assert whole["sizes"]["parameters"] == sum(weights.numel() for weights in embedded.values())
     assert [arm["arm"] for arm in arms] == [
         "unused vocabulary dropped", "0.5 activation", "0.5 taylor", "0.5 random, seed 0",
         "0.5 activation, reconstruct", "0.5 taylor, reconstruct", "0.5 activation, vocabulary",
